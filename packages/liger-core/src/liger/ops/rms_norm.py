@@ -1,0 +1,199 @@
+r"""RMSNorm (Zhang and Sennrich, 2019, https://arxiv.org/abs/1910.07467), with a weight, an offset, or neither.
+
+For one row x of N elements, with s = offset + weight:
+
+    r   = 1 / sqrt(mean(x²) + eps)           x̂ = x · r
+    y   = s · x̂
+    dx  = r · (g − x̂ · mean(g · x̂))          g = s · dy
+    dw  = Σ_rows dy · x̂
+
+All of it runs in fp32. `cast` says where the forward rounds:
+
+    "llama"   x̂ is rounded to x's dtype, then multiplied by s: the result has the promoted dtype of x and weight
+    "gemma"   s · x̂ is rounded once, to x's dtype
+
+`r` (fp32, one per row) and `x` are kept for backward. The weight's gradient is summed by a fixed number of programs,
+each over its own rows, and then over the programs: no atomics, so the same input gives the same bits.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from liger.ops.launch import jit, launch, next_power_of_2, runs_kernels, sm_count, tl
+
+Cast = Literal["llama", "gemma"]
+
+_MAX_COLUMNS = 65536
+_TILE = 4096  # elements a program holds at once when rows are short
+
+
+def reference(
+    x: Tensor, weight: Tensor | None = None, eps: float = 1e-6, *, offset: float = 0.0, cast: Cast = "llama"
+) -> Tensor:
+    """`rms_norm` in plain torch: the specification, and what devices without Triton run."""
+    compute = torch.promote_types(x.dtype, torch.float32)
+    x_hat = x.to(compute)
+    x_hat = x_hat * torch.rsqrt(x_hat.pow(2).mean(-1, keepdim=True) + eps)
+    if weight is None:
+        return x_hat.to(x.dtype)
+    if cast == "llama":
+        scale = weight + offset if offset else weight
+        return scale * x_hat.to(x.dtype)
+    return (x_hat * (offset + weight.to(compute))).to(x.dtype)
+
+
+@jit(varying=("rows",))
+def _forward_kernel(
+    x, weight, y, rstd, rows, columns, eps, OFFSET: tl.constexpr, LLAMA: tl.constexpr, HAS_WEIGHT: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    column = tl.arange(0, BLOCK_COLUMNS)
+    at = row[:, None] * columns + column[None, :]
+    inside = (row < rows)[:, None] & (column < columns)[None, :]
+
+    x_in = tl.load(x + at, mask=inside, other=0.0)
+    x32 = x_in.to(tl.float32)
+    r = tl.rsqrt(tl.sum(x32 * x32, axis=1) / columns + eps)
+    tl.store(rstd + row, r, mask=row < rows)
+    out = x32 * r[:, None]
+    if LLAMA:
+        out = out.to(x_in.dtype).to(tl.float32)
+    if HAS_WEIGHT:
+        scale = tl.load(weight + column, mask=column < columns, other=0.0).to(tl.float32) + OFFSET
+        out = out * scale[None, :]
+    tl.store(y + at, out.to(y.dtype.element_ty), mask=inside)
+
+
+@jit(varying=("rows",))
+def _backward_kernel(
+    dy, x, weight, rstd, dx, dw, rows, columns, OFFSET: tl.constexpr, NEEDS_DX: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr, NEEDS_DW: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK_COLUMNS)
+    if HAS_WEIGHT:
+        scale = tl.load(weight + column, mask=column < columns, other=0.0).to(tl.float32) + OFFSET
+    dw_sum = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), dtype=tl.float32)
+
+    for first in range(program * BLOCK_ROWS, rows, tl.num_programs(0) * BLOCK_ROWS):
+        row = first + tl.arange(0, BLOCK_ROWS)
+        at = row[:, None] * columns + column[None, :]
+        inside = (row < rows)[:, None] & (column < columns)[None, :]
+        g = tl.load(dy + at, mask=inside, other=0.0).to(tl.float32)
+        x32 = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+        r = tl.load(rstd + row, mask=row < rows, other=0.0)
+        x_hat = x32 * r[:, None]
+        if NEEDS_DW:
+            dw_sum += g * x_hat
+        if NEEDS_DX:
+            if HAS_WEIGHT:
+                g = g * scale[None, :]
+            projection = tl.sum(g * x_hat, axis=1) / columns
+            out = r[:, None] * (g - x_hat * projection[:, None])
+            tl.store(dx + at, out.to(dx.dtype.element_ty), mask=inside)
+
+    if NEEDS_DW:
+        tl.store(dw + program * columns + column, tl.sum(dw_sum, axis=0), mask=column < columns)
+
+
+def _blocks(columns: int) -> tuple[int, int, int]:
+    """(rows, columns, warps) of one program's tile."""
+    block_columns = next_power_of_2(columns)
+    block_rows = max(1, _TILE // block_columns)
+    warps = min(max(block_rows * block_columns // 512, 4), 16)
+    return block_rows, block_columns, warps
+
+
+def _launch_forward(x: Tensor, weight: Tensor | None, eps: float, offset: float, cast: Cast) -> tuple[Tensor, Tensor]:
+    columns = x.shape[-1]
+    rows = x.numel() // columns
+    dtype = x.dtype if weight is None or cast == "gemma" else torch.promote_types(x.dtype, weight.dtype)
+    y = torch.empty_like(x, dtype=dtype)
+    rstd = torch.empty(rows, dtype=torch.float32, device=x.device)
+    block_rows, block_columns, warps = _blocks(columns)
+    if rows:
+        launch(
+            _forward_kernel, (-(-rows // block_rows),), x, weight, y, rstd, rows, columns, eps,
+            OFFSET=offset, LLAMA=cast == "llama", HAS_WEIGHT=weight is not None,
+            BLOCK_ROWS=block_rows, BLOCK_COLUMNS=block_columns, num_warps=warps,
+        )  # fmt: skip
+    return y, rstd
+
+
+def _launch_backward(
+    dy: Tensor, x: Tensor, weight: Tensor | None, rstd: Tensor, offset: float, needs_dx: bool, needs_dw: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    columns = x.shape[-1]
+    rows = x.numel() // columns
+    block_rows, block_columns, warps = _blocks(columns)
+    programs = min(-(-rows // block_rows), 2 * sm_count(x)) if needs_dw else -(-rows // block_rows)
+    dx = torch.empty_like(x) if needs_dx else None
+    dw = torch.empty(programs, columns, dtype=torch.float32, device=x.device) if needs_dw else None
+    if rows:
+        launch(
+            _backward_kernel, (programs,), dy, x, weight, rstd, dx, dw, rows, columns,
+            OFFSET=offset, NEEDS_DX=needs_dx, HAS_WEIGHT=weight is not None, NEEDS_DW=needs_dw,
+            BLOCK_ROWS=block_rows, BLOCK_COLUMNS=block_columns, num_warps=warps,
+        )  # fmt: skip
+    return dx, None if dw is None or weight is None else dw.sum(0).to(weight.dtype)
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor | None, eps: float, offset: float, cast: Cast) -> Tensor:
+        x = x.contiguous()
+        y, rstd = _launch_forward(x, weight, eps, offset, cast)
+        ctx.save_for_backward(x, weight, rstd)
+        ctx.offset = offset
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, rstd = ctx.saved_tensors
+        needs_dx, needs_dw = ctx.needs_input_grad[:2]
+        dx, dw = _launch_backward(dy.contiguous(), x, weight, rstd, ctx.offset, needs_dx, needs_dw)
+        return dx, dw, None, None, None
+
+
+def rms_norm(
+    x: Tensor, weight: Tensor | None = None, eps: float = 1e-6, *, offset: float = 0.0, cast: Cast = "llama"
+) -> Tensor:
+    """Normalise the last dimension of `x` by its root mean square and scale it by `offset + weight`.
+
+    Args:
+        x: (..., N), fp32, bf16, fp16 or fp64.
+        weight: (N,), any of these dtypes, on x's device; None for no scale.
+        eps: added to the mean of squares.
+        offset: added to the weight before it multiplies (Gemma's norms: 1.0).
+        cast: where the forward rounds, "llama" or "gemma" (see the module's docstring).
+
+    Returns:
+        (..., N), in x's dtype; with `cast="llama"` in the promoted dtype of x and weight.
+
+    Raises:
+        ValueError: `weight` has another shape or device than x's last dimension, or `cast` is unknown.
+        TypeError: `x` or `weight` is not a floating-point tensor.
+    """
+    if not x.is_floating_point():
+        raise TypeError(f"rms_norm: x must have a floating-point dtype, not {x.dtype}")
+    if cast not in ("llama", "gemma"):
+        raise ValueError(f"rms_norm: cast must be 'llama' or 'gemma', not {cast!r}")
+    if weight is not None:
+        if weight.shape != x.shape[-1:]:
+            raise ValueError(
+                f"rms_norm: weight has shape {tuple(weight.shape)}, expected x's last dimension {tuple(x.shape[-1:])}"
+            )
+        if weight.device != x.device:
+            raise ValueError(f"rms_norm: weight is on {weight.device}, expected x's device {x.device}")
+        if not weight.is_floating_point():
+            raise TypeError(f"rms_norm: weight must have a floating-point dtype, not {weight.dtype}")
+    if runs_kernels(x) and 0 < x.shape[-1] <= _MAX_COLUMNS:
+        return _RMSNorm.apply(x, weight, eps, offset, cast)
+    return reference(x, weight, eps, offset=offset, cast=cast)

@@ -1,0 +1,88 @@
+"""The pytest plugin of this project's tests and of every adapter's: `addopts = "-p liger.testing.plugin"`.
+
+Loaded before any test is collected, because Triton decides at a kernel's definition whether it is interpreted.
+
+Fixtures: `device`, the GPU where there is one; `path`, which runs a test twice, through the kernels and through the
+references; `poisoned_memory`, under which memory that nothing wrote reads as NaN.
+Marker: `gpu`, for what only a GPU can show; skipped elsewhere, and counted in the closing lines.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+HAS_GPU = torch.cuda.is_available()
+if not HAS_GPU:
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+def _round_bfloat16_in_the_interpreter() -> None:
+    """Make Triton's interpreter round fp32 to bf16 as every GPU does: it truncates, twice the error of rounding."""
+    try:
+        import triton.language as tl
+        from triton.runtime import interpreter
+    except ImportError:  # no Triton on this platform: the tests run the references only
+        return
+    convert = interpreter._convert_float
+
+    def convert_rounding(data: Any, source: tl.dtype, target: tl.dtype, rounding_mode: Any) -> Any:
+        if source == tl.float32 and target == tl.bfloat16:
+            return torch.tensor(data, dtype=torch.float32).to(torch.bfloat16).view(torch.uint16).numpy()
+        return convert(data, source, target, rounding_mode)
+
+    interpreter._convert_float = convert_rounding
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Register the marker, and repair the interpreter's rounding where it will run."""
+    if not HAS_GPU:
+        _round_bfloat16_in_the_interpreter()
+    config.addinivalue_line("markers", "gpu: needs a GPU; skipped without one")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip the tests that need a GPU where there is none."""
+    if HAS_GPU:
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Say where the kernels ran and how many tests a GPU would have added."""
+    skipped = [r for r in terminalreporter.getreports("skipped") if "needs a GPU" in str(r.longrepr)]
+    where = torch.cuda.get_device_name() if HAS_GPU else "the CPU, kernels in Triton's interpreter"
+    terminalreporter.write_line(f"ran on {where}; {len(skipped)} tests skipped that need a GPU")
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    """The GPU where there is one, else the CPU."""
+    return torch.device("cuda" if HAS_GPU else "cpu")
+
+
+@pytest.fixture(params=["kernel", "reference"])
+def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Runs the test through the Triton kernels (interpreted without a GPU), then through the references."""
+    from liger.ops import launch
+
+    if request.param == "kernel" and launch.triton is None:
+        pytest.skip("there is no Triton on this platform")
+    monkeypatch.setattr(launch, "enabled", request.param == "kernel")
+    return str(request.param)
+
+
+@pytest.fixture
+def poisoned_memory() -> Iterator[None]:
+    """Fill what `torch.empty` returns with NaN, so that an element that no kernel wrote is seen."""
+    before = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)  # torch fills uninitialised memory under this switch
+    yield
+    torch.use_deterministic_algorithms(before, warn_only=warn_only)
