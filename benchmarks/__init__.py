@@ -1,0 +1,1 @@
+"""`python -m benchmarks`: what every op costs, beside its peers."""

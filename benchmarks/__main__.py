@@ -1,0 +1,118 @@
+"""`python -m benchmarks`, from the repository's root: see benchmarks/README.md."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import platform
+import time
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.cases import CASES, Case
+from benchmarks.measure import Record, copy_tb_s, measure_or_say_why, product_tflop_s
+from benchmarks.peers import NAMES
+from benchmarks.step import WAYS, training_steps
+
+OPS = tuple(dict.fromkeys(case.op for case in CASES))
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description="What every op costs, beside its peers.")
+    parser.add_argument("--op", action="append", choices=[*OPS, "step"], help="may be repeated; all ops without it")
+    parser.add_argument("--peer", action="append", choices=[*NAMES, *WAYS], help="may be repeated; all without it")
+    parser.add_argument("--quick", action="store_true", help="each op at its first shape")
+    parser.add_argument("--tiny", action="store_true", help="sizes that prove the program runs, and nothing else")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--json", type=Path, help="write every figure to this file, after every case")
+    return parser.parse_args()
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for name in ("torch", "triton", "transformers", "liger-core", "liger-kernel"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _floor_ms(case: Case, machine: dict[str, Any]) -> float | None:
+    """What the machine could do at best, by the copy and the product measured in this run."""
+    if not machine["copy_tb_s"]:
+        return None
+    if case.flops:
+        return float(case.flops / machine["product_tflop_s"] / 1e9)
+    return float(case.moved / machine["copy_tb_s"] / 1e9)
+
+
+def _line(case: Case, name: str, record: Record) -> str:
+    title = f"{case.op:<21}{case.shape:<22}{name:<13}"
+    if "failed" in record:
+        return f"{title} failed: {record['failed'].splitlines()[0]}"
+    figures = [
+        f"{label} {record[key]:,.{digits}f}"
+        for label, key, digits in (
+            ("gpu", "gpu_ms", 3), ("forward", "gpu_forward_ms", 3), ("wall", "wall_ms", 3), ("MiB", "peak_mib", 0),
+            ("host µs", "host_us", 0),
+        )
+        if record[key] is not None
+    ]  # fmt: skip
+    off = ", ".join(f"{what} {error:.2g}" for what, error in record["error"].items())
+    return f"{title} {'  '.join(figures)}  error: {off}"
+
+
+def main() -> None:
+    """Measure what the command line asks for."""
+    options = _arguments()
+    device = torch.device(options.device)
+    on_gpu = device.type == "cuda"
+    ops = options.op or OPS
+    names = [name for name in NAMES if not options.peer or name in options.peer]
+    absent = [] if find_spec("liger_kernel") else ["liger-kernel"]
+    machine: dict[str, Any] = {
+        "device": torch.cuda.get_device_name() if on_gpu else "cpu",
+        "copy_tb_s": copy_tb_s(device) if on_gpu else None,
+        "product_tflop_s": product_tflop_s(device) if on_gpu else None,
+        "versions": _versions(),
+        "not_installed": absent,
+    }
+    results: dict[str, Any] = {**machine, "cases": [], "steps": {}}
+    print(*(f"{key}: {value}" for key, value in machine.items()), sep="\n", flush=True)
+
+    def save() -> None:
+        if options.json:
+            options.json.parent.mkdir(parents=True, exist_ok=True)
+            options.json.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+    began = time.perf_counter()
+    seen: set[str] = set()
+    for case in CASES:
+        if case.op not in ops or (case.op in seen and (options.quick or options.tiny)):
+            continue
+        seen.add(case.op)
+        if options.tiny:
+            case = dataclasses.replace(case, sizes=case.tiny)
+        measured = {}
+        for name in names:
+            if name not in absent:
+                measured[name] = measure_or_say_why(case, name, device)
+                print(_line(case, name, measured[name]), flush=True)
+        floor = None if options.tiny else _floor_ms(case, machine)
+        results["cases"].append({"op": case.op, "shape": case.shape, "floor_ms": floor, "peers": measured})
+        save()
+    if "step" in ops:
+        ways = [way for way in WAYS if not options.peer or way in options.peer]
+        results["steps"] = training_steps(device, ways, options.tiny, steps=5 if options.quick else 15)
+    save()
+    print(f"{time.perf_counter() - began:.0f} s", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,151 @@
+"""How a figure is taken. benchmarks/README.md says what each means."""
+
+from __future__ import annotations
+
+import gc
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+from benchmarks.cases import Case, Problem
+from benchmarks.exact import as_tuple, errors
+
+PROFILED = 8
+"""Calls that the profiler sees, for one figure of GPU time."""
+
+Record = dict[str, Any]
+
+
+def gpu_ms(call: Callable[[], Any]) -> float:
+    """Milliseconds of kernels, copies and fills on the GPU that one call starts, the mean of a few."""
+    call()
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as recorded:
+        for _ in range(PROFILED):
+            call()
+        torch.cuda.synchronize()
+    with tempfile.TemporaryDirectory() as folder:
+        trace = Path(folder) / "trace.json"
+        recorded.export_chrome_trace(str(trace))
+        events = json.loads(trace.read_text())["traceEvents"]
+    on_device = (e["dur"] for e in events if e.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset"))
+    return sum(on_device) / 1e3 / PROFILED
+
+
+def wall_ms(call: Callable[[], Any], device: torch.device) -> float:
+    """Milliseconds that a call takes from start to end, the median."""
+    if device.type == "cuda":
+        from triton.testing import do_bench
+
+        return float(do_bench(call, return_mode="median"))
+    call()
+    times = []
+    for _ in range(5):
+        began = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - began)
+    return statistics.median(times) * 1e3
+
+
+def host_us(call: Callable[[], Any], repeats: int = 40, rounds: int = 5) -> float:
+    """Microseconds until a call returns, for sizes so small that the device is never waited for; the median round."""
+    for _ in range(repeats):
+        call()
+    times = []
+    for _ in range(rounds):
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        began = time.perf_counter()
+        for _ in range(repeats):
+            call()
+        times.append((time.perf_counter() - began) / repeats)
+    return statistics.median(times) * 1e6
+
+
+def peak_mib(call: Callable[[], Any]) -> float:
+    """MiB that a call allocates at its worst moment, beside what was there before: outputs and gradients count."""
+    gc.collect()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    call()
+    torch.cuda.synchronize()
+    return (torch.cuda.max_memory_allocated() - before) / 2**20
+
+
+def copy_tb_s(device: torch.device) -> float:
+    """TB/s of a copy from the device to itself, reading and writing counted."""
+    source = torch.empty(2**29, dtype=torch.bfloat16, device=device)
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / gpu_ms(lambda: target.copy_(source)) / 1e9
+
+
+def product_tflop_s(device: torch.device) -> float:
+    """TFLOP/s of a large bf16 product."""
+    left = torch.randn(8192, 4096, device=device, dtype=torch.bfloat16)
+    right = torch.randn(4096, 32768, device=device, dtype=torch.bfloat16)
+    return 2 * 8192 * 4096 * 32768 / gpu_ms(lambda: left @ right) / 1e9
+
+
+def _problem(case: Case, sizes: tuple[int, ...], device: torch.device) -> Problem:
+    torch.manual_seed(0)
+    problem = case.make(sizes, device)
+    for name in problem.wrt:
+        problem.inputs[name].requires_grad_()
+    return problem
+
+
+def _forward_backward(function: Callable[..., Any], problem: Problem) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    inputs = problem.inputs
+    outputs = as_tuple(function(**inputs))
+    return outputs, torch.autograd.grad(outputs, [inputs[name] for name in problem.wrt], problem.upstream)
+
+
+def _errors(function: Callable[..., Any], case: Case, device: torch.device) -> dict[str, float]:
+    # Some peers write into what they are given, so the errors are taken against inputs that they have not seen.
+    outputs, gradients = _forward_backward(function, _problem(case, case.sizes, device))
+    return errors(case, _problem(case, case.sizes, device), outputs, gradients)
+
+
+def measure(case: Case, load: Callable[[], Callable[..., Any]], device: torch.device) -> Record:
+    """Every figure of one peer at one case."""
+    function = load()
+    on_gpu = device.type == "cuda"
+    record: Record = {"error": _errors(function, case, device)}
+    problem = _problem(case, case.sizes, device)
+
+    def forward() -> Any:
+        return function(**problem.inputs)
+
+    def both() -> Any:
+        return _forward_backward(function, problem)
+
+    record["wall_forward_ms"] = wall_ms(forward, device)
+    record["wall_ms"] = wall_ms(both, device)
+    record["gpu_forward_ms"] = gpu_ms(forward) if on_gpu else None
+    record["gpu_ms"] = gpu_ms(both) if on_gpu else None
+    record["peak_mib"] = peak_mib(both) if on_gpu else None
+    small = _problem(case, case.tiny, device)
+    record["host_us"] = host_us(lambda: _forward_backward(function, small))
+    return record
+
+
+def measure_or_say_why(case: Case, name: str, device: torch.device) -> Record:
+    """`measure`, or what went wrong: a peer that fails at a shape is a result."""
+    torch._dynamo.reset()
+    try:
+        return measure(case, case.peers[name], device)
+    except Exception as error:
+        return {"failed": f"{type(error).__name__}: {error}"[:500]}
+    finally:
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
