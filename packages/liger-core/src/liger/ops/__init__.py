@@ -1,5 +1,11 @@
 """The ops, each usable alone on any model's tensors."""
 
+from liger.ops.cross_entropy import cross_entropy
+from liger.ops.geglu import geglu
+from liger.ops.layer_norm import layer_norm
+from liger.ops.linear_cross_entropy import linear_cross_entropy
 from liger.ops.rms_norm import rms_norm
+from liger.ops.rotary import rotary
+from liger.ops.swiglu import swiglu
 
-__all__ = ["rms_norm"]
+__all__ = ["cross_entropy", "geglu", "layer_norm", "linear_cross_entropy", "rms_norm", "rotary", "swiglu"]

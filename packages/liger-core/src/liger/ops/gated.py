@@ -1,0 +1,202 @@
+r"""What swiglu and geglu share: the kernels of out = φ(gate) · up, elementwise, for the activations φ of both.
+
+    dgate = dout · up · φ'(gate)        dup = dout · φ(gate)
+
+All in fp32, rounded once. Nothing but gate and up is kept: backward computes φ and φ' again, which costs no memory
+traffic. The formulas of each φ stand in `swiglu` and `geglu`.
+
+A contiguous tensor is one long row here. The two halves of one projection (Phi3's `gate_up.chunk(2, -1)`) are rows with
+a stride, read where they lie.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from liger.ops.launch import jit, launch, next_power_of_2, tl
+
+Activation = Literal["silu", "gelu", "gelu_tanh"]
+
+_BLOCK = 2048  # elements a program handles: two or more accesses of 16 bytes in flight per thread and tensor
+
+
+@jit(varying=())
+def _activate(x, ACTIVATION: tl.constexpr):
+    """φ(x) and φ'(x)."""
+    if ACTIVATION == "gelu":
+        cdf = 0.5 * (1.0 + tl.math.erf(x * 0.7071067811865476))
+        value = x * cdf
+        slope = cdf + x * tl.exp(-0.5 * x * x) * 0.3989422804014327
+    elif ACTIVATION == "gelu_tanh":
+        # ½ · (1 + tanh(u)) = sigmoid(2u), which overflows nowhere and is exact where tanh(u) is near −1.
+        s = tl.sigmoid(x * (1.5957691216057308 + 0.07135481627260025 * x * x))
+        value = x * s
+        slope = s + value * (1.0 - s) * (1.5957691216057308 + 0.21406444881780076 * x * x)
+    else:
+        s = tl.sigmoid(x)
+        value = x * s
+        slope = s + value * (1.0 - s)
+    return value, slope
+
+
+@jit(varying=())
+def _forward_block(gate, up, out, column, columns, ACTIVATION: tl.constexpr, MASKED: tl.constexpr):
+    inside = column < columns if MASKED else None
+    value, _ = _activate(tl.load(gate + column, mask=inside).to(tl.float32), ACTIVATION)
+    product = value * tl.load(up + column, mask=inside).to(tl.float32)
+    tl.store(out + column, product.to(out.dtype.element_ty), mask=inside)
+
+
+@jit(varying=())
+def _backward_block(
+    dout, gate, up, dgate, dup, column, columns, ACTIVATION: tl.constexpr, NEEDS_DGATE: tl.constexpr,
+    NEEDS_DUP: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    inside = column < columns if MASKED else None
+    g = tl.load(dout + column, mask=inside).to(tl.float32)
+    value, slope = _activate(tl.load(gate + column, mask=inside).to(tl.float32), ACTIVATION)
+    if NEEDS_DGATE:
+        u = tl.load(up + column, mask=inside).to(tl.float32)
+        tl.store(dgate + column, (g * u * slope).to(dgate.dtype.element_ty), mask=inside)
+    if NEEDS_DUP:
+        tl.store(dup + column, (g * value).to(dup.dtype.element_ty), mask=inside)
+
+
+@jit(varying=("columns",))
+def _forward_kernel(
+    gate, up, out, columns, gate_stride, up_stride, out_stride, ACTIVATION: tl.constexpr, BLOCK: tl.constexpr
+):
+    block = tl.program_id(0).to(tl.int64)
+    row = block // tl.cdiv(columns, BLOCK)
+    first = (block - row * tl.cdiv(columns, BLOCK)) * BLOCK
+    column = first + tl.arange(0, BLOCK)
+    gate += row * gate_stride
+    up += row * up_stride
+    out += row * out_stride
+    # Only the last block of a row is masked: a mask with a bound that Triton knows nothing about forbids wide accesses.
+    if first + BLOCK <= columns:
+        _forward_block(gate, up, out, column, columns, ACTIVATION, MASKED=False)
+    else:
+        _forward_block(gate, up, out, column, columns, ACTIVATION, MASKED=True)
+
+
+@jit(varying=("columns",))
+def _backward_kernel(
+    dout, gate, up, dgate, dup, columns, gate_stride, up_stride, out_stride, ACTIVATION: tl.constexpr,
+    NEEDS_DGATE: tl.constexpr, NEEDS_DUP: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    block = tl.program_id(0).to(tl.int64)
+    row = block // tl.cdiv(columns, BLOCK)
+    first = (block - row * tl.cdiv(columns, BLOCK)) * BLOCK
+    column = first + tl.arange(0, BLOCK)
+    dout += row * out_stride
+    gate += row * gate_stride
+    up += row * up_stride
+    if NEEDS_DGATE:
+        dgate += row * out_stride
+    if NEEDS_DUP:
+        dup += row * out_stride
+    if first + BLOCK <= columns:
+        _backward_block(dout, gate, up, dgate, dup, column, columns, ACTIVATION, NEEDS_DGATE, NEEDS_DUP, MASKED=False)
+    else:
+        _backward_block(dout, gate, up, dgate, dup, column, columns, ACTIVATION, NEEDS_DGATE, NEEDS_DUP, MASKED=True)
+
+
+def _row_stride(x: Tensor) -> int | None:
+    """The stride between the rows of `x` when each is contiguous and all lie equally far apart, else None."""
+    if x.stride(-1) != 1:
+        return None
+    row_stride, expected = x.shape[-1], None
+    for size, stride in zip(reversed(x.shape[:-1]), reversed(x.stride()[:-1]), strict=True):
+        if size == 1:
+            continue
+        if expected is None:
+            row_stride = stride
+        elif stride != expected:
+            return None
+        expected = stride * size
+    return row_stride
+
+
+def _readable(gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    """Both as the kernels can read them: copied only when a single row stride cannot describe one of them."""
+    if not gate.is_contiguous() and _row_stride(gate) is None:
+        gate = gate.contiguous()
+    if not up.is_contiguous() and _row_stride(up) is None:
+        up = up.contiguous()
+    return gate, up
+
+
+def _layout(gate: Tensor, up: Tensor) -> tuple[int, int, int, int, int, int]:
+    """(programs, columns, strides of gate, up and out, elements of a block) of a launch."""
+    n = gate.numel()
+    if gate.is_contiguous() and up.is_contiguous():
+        return -(-n // _BLOCK), n, 0, 0, 0, _BLOCK
+    columns = gate.shape[-1]
+    block = min(_BLOCK, next_power_of_2(columns))
+    gate_stride, up_stride = _row_stride(gate), _row_stride(up)
+    assert gate_stride is not None
+    assert up_stride is not None
+    return n // columns * -(-columns // block), columns, gate_stride, up_stride, columns, block
+
+
+def _launch_forward(gate: Tensor, up: Tensor, activation: Activation) -> Tensor:
+    out = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
+    if out.numel():
+        programs, columns, gate_stride, up_stride, out_stride, block = _layout(gate, up)
+        launch(
+            _forward_kernel, (programs,), gate, up, out, columns, gate_stride, up_stride, out_stride,
+            ACTIVATION=activation, BLOCK=block, num_warps=max(block // 512, 1),
+        )  # fmt: skip
+    return out
+
+
+def _launch_backward(
+    dout: Tensor, gate: Tensor, up: Tensor, activation: Activation, needs_dgate: bool, needs_dup: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    dgate = torch.empty_like(dout) if needs_dgate else None
+    dup = torch.empty_like(dout) if needs_dup else None
+    if dout.numel():
+        programs, columns, gate_stride, up_stride, out_stride, block = _layout(gate, up)
+        launch(
+            _backward_kernel, (programs,), dout, gate, up, dgate, dup, columns, gate_stride, up_stride, out_stride,
+            ACTIVATION=activation, NEEDS_DGATE=needs_dgate, NEEDS_DUP=needs_dup,
+            BLOCK=block, num_warps=max(block // 512, 1),
+        )  # fmt: skip
+    return dgate, dup
+
+
+class Gated(torch.autograd.Function):
+    """φ(gate) · up through the kernels: `Gated.apply(gate, up, activation)`."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor, activation: Activation) -> Tensor:
+        """Launch the forward kernel and keep gate and up."""
+        gate, up = _readable(gate, up)
+        ctx.save_for_backward(gate, up)
+        ctx.activation = activation
+        return _launch_forward(gate, up, activation)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+        """Launch the backward kernel for those of gate and up that need a gradient."""
+        gate, up = ctx.saved_tensors
+        dgate, dup = _launch_backward(dout.contiguous(), gate, up, ctx.activation, *ctx.needs_input_grad[:2])
+        return dgate, dup, None
+
+
+def check(op: str, gate: Tensor, up: Tensor) -> None:
+    """Raise, naming what was given, unless gate and up are floating-point twins."""
+    if not gate.is_floating_point():
+        raise TypeError(f"{op}: gate must have a floating-point dtype, not {gate.dtype}")
+    if up.dtype != gate.dtype:
+        raise TypeError(f"{op}: up has dtype {up.dtype}, expected gate's {gate.dtype}")
+    if up.shape != gate.shape:
+        raise ValueError(f"{op}: up has shape {tuple(up.shape)}, expected gate's {tuple(gate.shape)}")
+    if up.device != gate.device:
+        raise ValueError(f"{op}: up is on {up.device}, expected gate's device {gate.device}")

@@ -1,0 +1,53 @@
+r"""GEGLU's elementwise part (Shazeer, 2020, https://arxiv.org/abs/2002.05202): gelu(gate) · up.
+
+With Φ the normal distribution function and φ its density, for `approximate="none"`:
+
+    y     = gate · Φ(gate) · up
+    dgate = dy · up · (Φ(gate) + gate · φ(gate))        dup = dy · gate · Φ(gate)
+
+and for "tanh" with Φ(x) ≈ s(x) = ½ · (1 + tanh(√(2/π) · (x + 0.044715 x³))), whose slope stands in φ's place.
+
+gate, up and y have one shape and dtype. All of it runs in fp32 and is rounded once; the kernels are in `gated`.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from liger.ops.gated import Gated, check
+from liger.ops.launch import runs_kernels
+
+Approximate = Literal["tanh", "none"]
+
+
+def reference(gate: Tensor, up: Tensor, approximate: Approximate = "tanh") -> Tensor:
+    """`geglu` in plain torch: the specification, and what devices without Triton run."""
+    compute = torch.promote_types(gate.dtype, torch.float32)
+    return (F.gelu(gate.to(compute), approximate=approximate) * up.to(compute)).to(gate.dtype)
+
+
+def geglu(gate: Tensor, up: Tensor, approximate: Approximate = "tanh") -> Tensor:
+    """Multiply `up` by gelu(`gate`).
+
+    Args:
+        gate: any shape, fp32, bf16, fp16 or fp64. Halves of one tensor (`x.chunk(2, -1)`) are read without a copy.
+        up: gate's shape, dtype and device.
+        approximate: "tanh" or "none", as in `torch.nn.functional.gelu`.
+
+    Returns:
+        A contiguous tensor of gate's shape and dtype.
+
+    Raises:
+        ValueError: `up` has another shape or device than `gate`, or `approximate` is unknown.
+        TypeError: `gate` is not a floating-point tensor, or `up` has another dtype.
+    """
+    check("geglu", gate, up)
+    if approximate not in ("tanh", "none"):
+        raise ValueError(f"geglu: approximate must be 'tanh' or 'none', not {approximate!r}")
+    if runs_kernels(gate):
+        return Gated.apply(gate, up, "gelu_tanh" if approximate == "tanh" else "gelu")
+    return reference(gate, up, approximate)

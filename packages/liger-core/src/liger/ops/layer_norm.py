@@ -1,0 +1,212 @@
+r"""LayerNorm (Ba, Kiros and Hinton, 2016, https://arxiv.org/abs/1607.06450), with a weight, a bias, both, or neither.
+
+For one row x of N elements:
+
+    μ   = mean(x)        r = 1 / sqrt(mean((x − μ)²) + eps)        x̂ = (x − μ) · r
+    y   = w · x̂ + b
+    dx  = r · (g − mean(g) − x̂ · mean(g · x̂))                      g = w · dy
+    dw  = Σ_rows dy · x̂        db = Σ_rows dy
+
+All of it runs in fp32 and is rounded once: y to x's dtype, whatever the dtype of weight and bias.
+
+μ and r (fp32, one each per row) and `x` are kept for backward. The weight's and the bias's gradients are summed by a
+fixed number of programs, each over its own rows, and then over the programs: no atomics, so the same input gives the
+same bits.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from liger.ops.launch import jit, launch, next_power_of_2, runs_kernels, sm_count, tl
+
+_MAX_COLUMNS = 65536
+_TILE = 4096  # elements a program holds at once when rows are short
+_FETCHED = 65536  # bytes of shared memory a backward program may take for dy and x of its next rows
+
+
+def reference(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5) -> Tensor:
+    """`layer_norm` in plain torch: the specification, and what devices without Triton run."""
+    compute = torch.promote_types(x.dtype, torch.float32)
+    weight = None if weight is None else weight.to(compute)
+    bias = None if bias is None else bias.to(compute)
+    return F.layer_norm(x.to(compute), x.shape[-1:], weight, bias, eps).to(x.dtype)
+
+
+@jit(varying=("rows",))
+def _forward_kernel(
+    x, weight, bias, y, mean, rstd, rows, columns, eps, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    column = tl.arange(0, BLOCK_COLUMNS)
+    at = row[:, None] * columns + column[None, :]
+    inside = (row < rows)[:, None] & (column < columns)[None, :]
+
+    x32 = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+    mu = tl.sum(x32, axis=1) / columns
+    centred = tl.where(inside, x32 - mu[:, None], 0.0)  # a padded lane is −μ after the subtraction
+    r = tl.rsqrt(tl.sum(centred * centred, axis=1) / columns + eps)
+    tl.store(mean + row, mu, mask=row < rows)
+    tl.store(rstd + row, r, mask=row < rows)
+    out = centred * r[:, None]
+    if HAS_WEIGHT:
+        out = out * tl.load(weight + column, mask=column < columns, other=0.0).to(tl.float32)[None, :]
+    if HAS_BIAS:
+        out = out + tl.load(bias + column, mask=column < columns, other=0.0).to(tl.float32)[None, :]
+    tl.store(y + at, out.to(y.dtype.element_ty), mask=inside)
+
+
+@jit(varying=("rows",))
+def _backward_kernel(
+    dy, x, weight, mean, rstd, dx, partial, rows, columns, NEEDS_DX: tl.constexpr, HAS_WEIGHT: tl.constexpr,
+    NEEDS_DW: tl.constexpr, NEEDS_DB: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
+    STAGES: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK_COLUMNS)
+    if HAS_WEIGHT:
+        scale = tl.load(weight + column, mask=column < columns, other=0.0).to(tl.float32)
+    dw_sum = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), dtype=tl.float32)
+    db_sum = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), dtype=tl.float32)
+
+    # The sums below fill the registers, so few programs fit: the next rows are fetched while one is worked on.
+    for first in tl.range(program * BLOCK_ROWS, rows, tl.num_programs(0) * BLOCK_ROWS, num_stages=STAGES):
+        row = first + tl.arange(0, BLOCK_ROWS)
+        at = row[:, None] * columns + column[None, :]
+        inside = (row < rows)[:, None] & (column < columns)[None, :]
+        g = tl.load(dy + at, mask=inside, other=0.0).to(tl.float32)
+        x32 = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+        mu = tl.load(mean + row, mask=row < rows, other=0.0)
+        r = tl.load(rstd + row, mask=row < rows, other=0.0)
+        x_hat = (x32 - mu[:, None]) * r[:, None]  # not 0 in a padded lane, but g is, in every sum and product below
+        if NEEDS_DW:
+            dw_sum += g * x_hat
+        if NEEDS_DB:
+            db_sum += g
+        if NEEDS_DX:
+            if HAS_WEIGHT:
+                g = g * scale[None, :]
+            shift = tl.sum(g, axis=1) / columns
+            projection = tl.sum(g * x_hat, axis=1) / columns
+            out = r[:, None] * (g - shift[:, None] - x_hat * projection[:, None])
+            tl.store(dx + at, out.to(dx.dtype.element_ty), mask=inside)
+
+    sums = program * (NEEDS_DW + NEEDS_DB)
+    if NEEDS_DW:
+        tl.store(partial + sums * columns + column, tl.sum(dw_sum, axis=0), mask=column < columns)
+    if NEEDS_DB:
+        tl.store(partial + (sums + NEEDS_DW) * columns + column, tl.sum(db_sum, axis=0), mask=column < columns)
+
+
+def _blocks(columns: int) -> tuple[int, int, int]:
+    """(rows, columns, warps) of one program's tile."""
+    block_columns = next_power_of_2(columns)
+    block_rows = max(1, _TILE // block_columns)
+    warps = min(max(block_rows * block_columns // 512, 4), 32)
+    return block_rows, block_columns, warps
+
+
+def _launch_forward(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    columns = x.shape[-1]
+    rows = x.numel() // columns
+    y = torch.empty_like(x)
+    mean = torch.empty(rows, dtype=torch.float32, device=x.device)
+    rstd = torch.empty_like(mean)
+    block_rows, block_columns, warps = _blocks(columns)
+    if rows:
+        launch(
+            _forward_kernel, (-(-rows // block_rows),), x, weight, bias, y, mean, rstd, rows, columns, eps,
+            HAS_WEIGHT=weight is not None, HAS_BIAS=bias is not None,
+            BLOCK_ROWS=block_rows, BLOCK_COLUMNS=block_columns, num_warps=warps,
+        )  # fmt: skip
+    return y, mean, rstd
+
+
+def _launch_backward(
+    dy: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, rstd: Tensor,
+    needs_dx: bool, needs_dw: bool, needs_db: bool,
+) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
+    """dx, and the fp32 gradients of weight and bias as the rows of one tensor, without those not needed."""
+    columns = x.shape[-1]
+    rows = x.numel() // columns
+    block_rows, block_columns, warps = _blocks(columns)
+    sums = needs_dw + needs_db
+    programs = min(-(-rows // block_rows), 2 * sm_count(x)) if sums else -(-rows // block_rows)
+    dx = torch.empty_like(x) if needs_dx else None
+    partial = torch.empty(programs, sums, columns, dtype=torch.float32, device=x.device) if sums else None
+    if rows:
+        launch(
+            _backward_kernel, (programs,), dy, x, weight, mean, rstd, dx, partial, rows, columns,
+            NEEDS_DX=needs_dx, HAS_WEIGHT=weight is not None, NEEDS_DW=needs_dw, NEEDS_DB=needs_db,
+            BLOCK_ROWS=block_rows, BLOCK_COLUMNS=block_columns,
+            STAGES=min(max(_FETCHED // (2 * block_rows * block_columns * x.element_size()), 1), 3), num_warps=warps,
+        )  # fmt: skip
+    return dx, None if partial is None else partial.sum(0)
+
+
+class _LayerNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+        x = x.contiguous()
+        weight = None if weight is None else weight.contiguous()
+        bias = None if bias is None else bias.contiguous()
+        y, mean, rstd = _launch_forward(x, weight, bias, eps)
+        ctx.save_for_backward(x, weight, mean, rstd)
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, mean, rstd = ctx.saved_tensors
+        needs_dx, needs_dw, needs_db = ctx.needs_input_grad[:3]
+        dx, sums = _launch_backward(dy.contiguous(), x, weight, mean, rstd, needs_dx, needs_dw, needs_db)
+        dw = db = None
+        if sums is not None:
+            dw = sums[0].to(weight.dtype) if needs_dw else None
+            db = sums[-1].to(ctx.bias_dtype) if needs_db else None
+        return dx, dw, db, None
+
+
+def layer_norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5) -> Tensor:
+    """Shift and scale the last dimension of `x` to mean 0 and variance 1, then multiply by `weight` and add `bias`.
+
+    Args:
+        x: (..., N), fp32, bf16, fp16 or fp64.
+        weight: (N,), any of these dtypes, on x's device; None for no scale.
+        bias: (N,), likewise; None for no shift.
+        eps: added to the variance.
+
+    Returns:
+        (..., N), in x's dtype.
+
+    Raises:
+        ValueError: `weight` or `bias` has another shape or device than x's last dimension.
+        TypeError: `x`, `weight` or `bias` is not a floating-point tensor.
+    """
+    if not x.is_floating_point():
+        raise TypeError(f"layer_norm: x must have a floating-point dtype, not {x.dtype}")
+    if weight is not None:
+        _check_parameter("weight", weight, x)
+    if bias is not None:
+        _check_parameter("bias", bias, x)
+    if runs_kernels(x) and 0 < x.shape[-1] <= _MAX_COLUMNS:
+        return _LayerNorm.apply(x, weight, bias, eps)
+    return reference(x, weight, bias, eps)
+
+
+def _check_parameter(name: str, parameter: Tensor, x: Tensor) -> None:
+    if parameter.shape != x.shape[-1:]:
+        raise ValueError(
+            f"layer_norm: {name} has shape {tuple(parameter.shape)}, expected x's last dimension {tuple(x.shape[-1:])}"
+        )
+    if parameter.device != x.device:
+        raise ValueError(f"layer_norm: {name} is on {parameter.device}, expected x's device {x.device}")
+    if not parameter.is_floating_point():
+        raise TypeError(f"layer_norm: {name} must have a floating-point dtype, not {parameter.dtype}")

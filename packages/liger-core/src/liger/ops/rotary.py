@@ -1,0 +1,234 @@
+r"""Rotary position embedding (Su et al., 2021, https://arxiv.org/abs/2104.09864), rotate-half convention, of q and k.
+
+cos and sin have R ≤ D columns; with h = R/2, for each head of each token and i < h:
+
+    y[i]      = x[i] · cos[i] − x[i+h] · sin[i]               dx[i]   = dy[i] · cos[i] + dy[i+h] · sin[i+h]
+    y[i+h]    = x[i+h] · cos[i+h] + x[i] · sin[i+h]           dx[i+h] = dy[i+h] · cos[i+h] − dy[i] · sin[i]
+    y[R:]     = x[R:]                                         dx[R:]  = dy[R:]
+
+Backward is the transpose of forward, for any cos and sin: of another norm than 1, with halves that differ. It is the
+forward with (−sin[i+h], −sin[i]) in place of (sin[i], sin[i+h]), so one kernel does both.
+
+All of it runs in fp32 and is rounded once: y to the promoted dtype of x and cos, dx to x's dtype. Only cos and sin are
+kept. q and k are read where they lie, whatever their strides, and y has their memory layout.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from liger.ops.launch import jit, launch, next_power_of_2, runs_kernels, tl
+
+_TILE = 4096  # elements of each half that a program rotates at once; more heads than that go in turns
+
+
+def reference(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> tuple[Tensor, Tensor]:
+    """`rotary` in plain torch: the specification, and what devices without Triton run."""
+    dtype = torch.promote_types(q.dtype, cos.dtype)
+    compute = torch.promote_types(dtype, torch.float32)
+    cos, sin = cos.to(compute).unsqueeze(unsqueeze_dim), sin.to(compute).unsqueeze(unsqueeze_dim)
+    rotated = cos.shape[-1]
+
+    def rotate(x: Tensor) -> Tensor:
+        x, rest = x[..., :rotated].to(compute), x[..., rotated:]
+        low, high = x.chunk(2, dim=-1)
+        y = (x * cos + torch.cat((-high, low), dim=-1) * sin).to(dtype)
+        return torch.cat((y, rest.to(dtype)), dim=-1) if rest.shape[-1] else y
+
+    return rotate(q), rotate(k)
+
+
+@jit(varying=())
+def _rotate_heads(
+    x, y, x_head_stride, y_head_stride, cos_low, cos_high, sin_low, sin_high,
+    HEADS: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr,
+    BLOCK_HEADS: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_REST: tl.constexpr,
+):  # fmt: skip
+    """Write the heads of one token at `x`, rotated, to `y`."""
+    column = tl.arange(0, BLOCK_HALF)
+    for first in tl.static_range(0, HEADS, BLOCK_HEADS):
+        head = first + tl.arange(0, BLOCK_HEADS).to(tl.int64)
+        inside = (head < HEADS)[:, None] & (column < HALF)[None, :]
+        x_at = x + head[:, None] * x_head_stride
+        y_at = y + head[:, None] * y_head_stride
+        low = tl.load(x_at + column[None, :], mask=inside, other=0.0).to(tl.float32)
+        high = tl.load(x_at + HALF + column[None, :], mask=inside, other=0.0).to(tl.float32)
+        y_low = low * cos_low[None, :] - high * sin_low[None, :]
+        y_high = high * cos_high[None, :] + low * sin_high[None, :]
+        tl.store(y_at + column[None, :], y_low.to(y.dtype.element_ty), mask=inside)
+        tl.store(y_at + HALF + column[None, :], y_high.to(y.dtype.element_ty), mask=inside)
+        if REST > 0:
+            rest = tl.arange(0, BLOCK_REST)
+            inside = (head < HEADS)[:, None] & (rest < REST)[None, :]
+            kept = tl.load(x_at + 2 * HALF + rest[None, :], mask=inside, other=0.0)
+            tl.store(y_at + 2 * HALF + rest[None, :], kept.to(y.dtype.element_ty), mask=inside)
+
+
+@jit(varying=("tokens",))
+def _rotate_kernel(
+    q, q_out, k, k_out, cos, sin, tokens,
+    q_batch_stride, q_token_stride, q_head_stride, q_out_batch_stride, q_out_token_stride, q_out_head_stride,
+    k_batch_stride, k_token_stride, k_head_stride, k_out_batch_stride, k_out_token_stride, k_out_head_stride,
+    cos_batch_stride, cos_token_stride,
+    TRANSPOSED: tl.constexpr, Q_HEADS: tl.constexpr, K_HEADS: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_REST: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0).to(tl.int64)
+    batch = program // tokens
+    token = program - batch * tokens
+
+    column = tl.arange(0, BLOCK_HALF)
+    inside = column < HALF
+    cos += batch * cos_batch_stride + token * cos_token_stride
+    sin += batch * cos_batch_stride + token * cos_token_stride
+    cos_low = tl.load(cos + column, mask=inside, other=0.0).to(tl.float32)
+    cos_high = tl.load(cos + HALF + column, mask=inside, other=0.0).to(tl.float32)
+    sin_low = tl.load(sin + column, mask=inside, other=0.0).to(tl.float32)
+    sin_high = tl.load(sin + HALF + column, mask=inside, other=0.0).to(tl.float32)
+    if TRANSPOSED:
+        sin_low, sin_high = -sin_high, -sin_low
+
+    q += batch * q_batch_stride + token * q_token_stride
+    q_out += batch * q_out_batch_stride + token * q_out_token_stride
+    _rotate_heads(
+        q, q_out, q_head_stride, q_out_head_stride, cos_low, cos_high, sin_low, sin_high,
+        Q_HEADS, HALF, REST, BLOCK_Q, BLOCK_HALF, BLOCK_REST,
+    )  # fmt: skip
+    if K_HEADS > 0:
+        k += batch * k_batch_stride + token * k_token_stride
+        k_out += batch * k_out_batch_stride + token * k_out_token_stride
+        _rotate_heads(
+            k, k_out, k_head_stride, k_out_head_stride, cos_low, cos_high, sin_low, sin_high,
+            K_HEADS, HALF, REST, BLOCK_K, BLOCK_HALF, BLOCK_REST,
+        )  # fmt: skip
+
+
+def _empty(like: Tensor, dtype: torch.dtype, head_dim: int, token_major: bool) -> Tensor:
+    """An empty tensor of the shape of `like`, its heads side by side in memory (`token_major`) or its tokens."""
+    heads, tokens, columns = like.shape[head_dim], like.shape[3 - head_dim], like.shape[3]
+    head, token = (columns, heads * columns) if token_major else (tokens * columns, columns)
+    strides = (heads * tokens * columns, *((head, token) if head_dim == 1 else (token, head)), 1)
+    return torch.empty_strided(like.shape, strides, dtype=dtype, device=like.device)
+
+
+def _is_token_major(x: Tensor, head_dim: int) -> bool:
+    return x.stride(3 - head_dim) >= x.stride(head_dim)
+
+
+def _with_contiguous_columns(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _launch(pairs: list[tuple[Tensor, Tensor]], cos: Tensor, sin: Tensor, head_dim: int, transposed: bool) -> None:
+    """Rotate the first of each pair into the second: q and k at once, or one of them alone."""
+    x = pairs[0][0]
+    batch, tokens, columns = x.shape[0], x.shape[3 - head_dim], x.shape[3]
+    if not batch * tokens:
+        return
+    half = cos.shape[-1] // 2
+    rest = columns - 2 * half
+    block_half = next_power_of_2(half)
+    most_heads = max(1, _TILE // block_half)
+    heads = [pair[0].shape[head_dim] for pair in pairs]
+    blocks = [min(next_power_of_2(max(n, 1)), most_heads) for n in heads]
+    strides = [t.stride(dim) for pair in pairs for t in pair for dim in (0, 3 - head_dim, head_dim)]
+    other: tuple[Tensor | None, Tensor | None] = (None, None)
+    if len(pairs) == 2:
+        other = pairs[1]
+    else:
+        heads, blocks, strides = [*heads, 0], [*blocks, 1], [*strides, *[0] * 6]
+    launch(
+        _rotate_kernel, (batch * tokens,), *pairs[0], *other, cos, sin, tokens, *strides,
+        cos.stride(0) if cos.shape[0] > 1 else 0, cos.stride(1),
+        TRANSPOSED=transposed, Q_HEADS=heads[0], K_HEADS=heads[1], HALF=half, REST=rest,
+        BLOCK_Q=blocks[0], BLOCK_K=blocks[1], BLOCK_HALF=block_half, BLOCK_REST=next_power_of_2(max(rest, 1)),
+        num_warps=min(max(blocks[0] * block_half // 512, 1), 8),
+    )  # fmt: skip
+
+
+class _Rotary(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
+        q, k = _with_contiguous_columns(q), _with_contiguous_columns(k)
+        if cos.stride(-1) != 1 or cos.stride() != sin.stride():
+            cos, sin = cos.contiguous(), sin.contiguous()
+        dtype = torch.promote_types(q.dtype, cos.dtype)
+        token_major = _is_token_major(q, head_dim), _is_token_major(k, head_dim)
+        q_out, k_out = _empty(q, dtype, head_dim, token_major[0]), _empty(k, dtype, head_dim, token_major[1])
+        _launch([(q, q_out), (k, k_out)], cos, sin, head_dim, transposed=False)
+        ctx.save_for_backward(cos, sin)
+        ctx.dtype, ctx.head_dim, ctx.token_major = q.dtype, head_dim, token_major
+        return q_out, k_out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *douts: Tensor) -> tuple[Tensor | None, ...]:
+        cos, sin = ctx.saved_tensors
+        pairs: list[tuple[Tensor, Tensor]] = []
+        gradients: list[Tensor | None] = [None, None]
+        for i in range(2):
+            if ctx.needs_input_grad[i]:
+                dout = _with_contiguous_columns(douts[i])
+                gradients[i] = dx = _empty(dout, ctx.dtype, ctx.head_dim, ctx.token_major[i])
+                pairs.append((dout, dx))
+        if pairs:
+            _launch(pairs, cos, sin, ctx.head_dim, transposed=True)
+        return *gradients, None, None, None
+
+
+def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> tuple[Tensor, Tensor]:
+    """Rotate the first R columns of every head of `q` and `k` by the angles of their tokens; pass on the others.
+
+    Args:
+        q: (B, Hq, S, D), or (B, S, Hq, D) with `unsqueeze_dim=2`; fp32, bf16, fp16 or fp64, any strides.
+        k: as q, with Hk heads.
+        cos: (B, S, R) or (1, S, R) with R even and at most D; any floating-point dtype, on q's device.
+        sin: cos's shape and dtype.
+        unsqueeze_dim: the dimension of the heads.
+
+    Returns:
+        q and k rotated, in the promoted dtype of q and cos, new tensors with the memory layout of q and k.
+
+    Raises:
+        ValueError: a shape or device is not as above.
+        TypeError: a tensor is not floating-point, k has another dtype than q, or sin than cos.
+    """
+    _check(q, k, cos, sin, unsqueeze_dim)
+    trains_angles = torch.is_grad_enabled() and (cos.requires_grad or sin.requires_grad)
+    if runs_kernels(q) and runs_kernels(cos) and not trains_angles:
+        return _Rotary.apply(q, k, cos, sin, unsqueeze_dim)
+    return reference(q, k, cos, sin, unsqueeze_dim)
+
+
+def _check(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, head_dim: int) -> None:
+    if head_dim not in (1, 2):
+        raise ValueError(f"rotary: unsqueeze_dim must be 1 or 2, not {head_dim!r}")
+    if not q.is_floating_point() or not cos.is_floating_point():
+        raise TypeError(f"rotary: q and cos must have floating-point dtypes, not {q.dtype} and {cos.dtype}")
+    if k.dtype != q.dtype or sin.dtype != cos.dtype:
+        raise TypeError(
+            f"rotary: k has dtype {k.dtype} and sin {sin.dtype}, expected q's {q.dtype} and cos's {cos.dtype}"
+        )
+    if not q.device == k.device == cos.device == sin.device:
+        raise ValueError(
+            f"rotary: k, cos and sin are on {k.device}, {cos.device} and {sin.device}, expected q's device {q.device}"
+        )
+    q_shape, k_shape, cos_shape, token_dim = q.shape, k.shape, cos.shape, 3 - head_dim
+    if len(q_shape) != 4:
+        raise ValueError(f"rotary: q has shape {tuple(q_shape)}, expected 4 dimensions")
+    if len(k_shape) != 4 or any(k_shape[dim] != q_shape[dim] for dim in (0, token_dim, 3)):
+        raise ValueError(
+            f"rotary: k has shape {tuple(k_shape)}, expected q's {tuple(q_shape)} but for dimension {head_dim}"
+        )
+    if len(cos_shape) != 3 or cos_shape[0] not in (1, q_shape[0]) or cos_shape[1] != q_shape[token_dim]:
+        raise ValueError(
+            f"rotary: cos has shape {tuple(cos_shape)}, expected ({q_shape[0]} or 1, {q_shape[token_dim]}, R)"
+        )
+    if cos_shape[2] % 2 or not 0 < cos_shape[2] <= q_shape[3]:
+        raise ValueError(f"rotary: cos has {cos_shape[2]} columns, expected an even number up to q's {q_shape[3]}")
+    if sin.shape != cos_shape:
+        raise ValueError(f"rotary: sin has shape {tuple(sin.shape)}, expected cos's {tuple(cos_shape)}")

@@ -1,0 +1,43 @@
+r"""SwiGLU's elementwise part (Shazeer, 2020, https://arxiv.org/abs/2002.05202): silu(gate) · up.
+
+    σ     = 1 / (1 + exp(−gate))
+    y     = gate · σ · up
+    dgate = dy · up · σ · (1 + gate · (1 − σ))        dup = dy · gate · σ
+
+gate, up and y have one shape and dtype. All of it runs in fp32 and is rounded once; the kernels are in `gated`.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from liger.ops.gated import Gated, check
+from liger.ops.launch import runs_kernels
+
+
+def reference(gate: Tensor, up: Tensor) -> Tensor:
+    """`swiglu` in plain torch: the specification, and what devices without Triton run."""
+    compute = torch.promote_types(gate.dtype, torch.float32)
+    return (F.silu(gate.to(compute)) * up.to(compute)).to(gate.dtype)
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """Multiply `up` by silu(`gate`).
+
+    Args:
+        gate: any shape, fp32, bf16, fp16 or fp64. Halves of one tensor (`x.chunk(2, -1)`) are read without a copy.
+        up: gate's shape, dtype and device.
+
+    Returns:
+        A contiguous tensor of gate's shape and dtype.
+
+    Raises:
+        ValueError: `up` has another shape or device than `gate`.
+        TypeError: `gate` is not a floating-point tensor, or `up` has another dtype.
+    """
+    check("swiglu", gate, up)
+    if runs_kernels(gate):
+        return Gated.apply(gate, up, "silu")
+    return reference(gate, up)
