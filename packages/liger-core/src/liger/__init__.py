@@ -1,1 +1,23 @@
-"""Liger: Triton kernels for training language models, and one line that puts them into a Hugging Face model."""
+"""Liger: Triton kernels for training language models, and one line that puts them into a Hugging Face model.
+
+    import liger
+    patch = liger.apply(model)
+
+The ops stand in `liger.ops`, as modules in `liger.nn`; `liger.testing` tests an adapter.
+"""
+
+from liger.__about__ import __version__
+from liger.adapter import Adapter
+from liger.discover import AdapterConflictError, NoAdapterError, VersionRangeError, adapters
+from liger.patch import Patch, apply
+
+__all__ = [
+    "Adapter",
+    "AdapterConflictError",
+    "NoAdapterError",
+    "Patch",
+    "VersionRangeError",
+    "__version__",
+    "adapters",
+    "apply",
+]

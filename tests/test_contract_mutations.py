@@ -1,0 +1,80 @@
+"""The contract is believed because it turns red: adapters broken in one way each, and each is caught."""
+
+from __future__ import annotations
+
+import re
+import textwrap
+
+MUTANTS = {
+    "WrongEps": "replace('LlamaRMSNorm', RMSNorm(eps='wrong_eps'))",
+    "WrongOffset": "replace('LlamaRMSNorm', RMSNorm(eps='variance_epsilon', offset=1.0))",
+    "WrongCast": "replace('LlamaRMSNorm', RMSNorm(eps='variance_epsilon', cast='gemma'))",
+    "WrongAct": "replace('LlamaMLP', GatedMLP(act='model_type'))",
+    "MisspeltActFn": "replace('LlamaMLP', GatedMLP(act='hidden_act', act_fn='activation'))",
+    "MisspeltClass": "replace('LlamaRMSNrom', RMSNorm(eps='variance_epsilon'))",
+    "WrongRotary": "dataclasses.replace(llama, functions={'apply_rotary_pos_emb': unrotated})",
+    "OtherSignature": "dataclasses.replace(llama, functions={'apply_rotary_pos_emb': other_signature})",
+    "WrongSoftcap": "dataclasses.replace(llama, head=CausalLM('LlamaForCausalLM', softcap='initializer_range'))",
+    "WrongHead": "dataclasses.replace(llama, head=CausalLM('LlamaForCausalLM', head='model'))",
+    "WrongModel": "dataclasses.replace(llama, head=CausalLM('LlamaForSequenceClassification'))",
+    "WrongFile": "dataclasses.replace(llama, modeling='transformers.models.mistral.modeling_mistral')",
+    "NotBroken": "llama",
+}
+
+SUITE = """
+import dataclasses
+from transformers import LlamaConfig
+from liger.causal_lm import CausalLM
+from liger.layers import GatedMLP, RMSNorm
+from liger.testing import TINY, AdapterContract
+from liger_llama import llama
+
+
+def replace(name, layer):
+    return dataclasses.replace(llama, modules={**llama.modules, name: layer})
+
+
+def unrotated(q, k, cos, sin, unsqueeze_dim=1):
+    return q * cos.unsqueeze(unsqueeze_dim), k * cos.unsqueeze(unsqueeze_dim)
+
+
+def other_signature(q, k, cos, sin, position_ids=None, unsqueeze_dim=1):
+    return q, k
+
+
+class Suite(AdapterContract):
+    def config(self):
+        return LlamaConfig(**TINY, wrong_eps=1e-1)
+
+"""
+
+
+def test_every_mutant_turns_a_test_red_and_the_sound_adapter_none(pytester):
+    classes = [f"class Test{name}(Suite):\n    adapter = {value}\n" for name, value in MUTANTS.items()]
+    pytester.makepyfile(SUITE + "\n\n".join(textwrap.dedent(c) for c in classes))
+    result = pytester.runpytest_subprocess(
+        "-p", "liger.testing.plugin", "-q", "--tb=no", "-rfE",
+        "-k", "found_and_used or equals_its_original or loss_and_gradients or logits_are_there",
+    )  # fmt: skip
+    red = set(re.findall(r"(?:FAILED|ERROR) .*::Test(\w+)::", result.stdout.str()))
+    assert red == set(MUTANTS) - {"NotBroken"}, f"stayed green: {set(MUTANTS) - {'NotBroken'} - red}"
+
+
+def test_overriding_a_test_needs_a_reason(pytester):
+    pytester.makepyfile(
+        """
+        import pytest
+        from liger.testing import AdapterContract
+
+        def test_refused():
+            with pytest.raises(TypeError, match="Mine overrides test_generate without"):
+                class Mine(AdapterContract):
+                    def test_generate(self): pass
+
+        def test_allowed():
+            class Mine(AdapterContract):
+                @pytest.mark.xfail(reason="this model has no generate")
+                def test_generate(self): pass
+        """
+    )
+    pytester.runpytest("-p", "liger.testing.plugin").assert_outcomes(passed=2)
