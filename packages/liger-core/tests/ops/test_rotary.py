@@ -86,6 +86,7 @@ def test_angles_of_one_batch_or_of_each(device, path, batch):
     check(q, k, *angles(batch, 4, 16, torch.float32, device))
     cos, sin = angles(1, 4, 16, torch.float32, device)
     check(q, k, cos.expand(3, 4, 16), sin.expand(3, 4, 16))
+    check(q, k, cos, torch.randn(1, 4, 32, device=device)[..., :16])  # each of them its own strides
 
 
 def test_heads_in_the_second_or_third_dimension(device, path):
