@@ -1,0 +1,108 @@
+"""The benchmarks run, fail where it is seen, and README shows what they measured."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(autouse=True)
+def _from_the_root(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT))
+
+
+def test_a_tiny_run_measures_every_op(tmp_path):
+    file = tmp_path / "tiny.json"
+    command = [sys.executable, "-m", "benchmarks", "--tiny", "--device", "cpu", "--json", str(file)]
+    for peer in ("eager", "liger"):
+        command += ["--peer", peer]
+    references = {**os.environ, "TRITON_INTERPRET": "0", "OMP_NUM_THREADS": "1"}
+    subprocess.run(command, cwd=ROOT, env=references, check=True, capture_output=True, timeout=300)
+    results = json.loads(file.read_text("utf-8"))
+
+    from benchmarks.cases import CASES
+
+    assert [case["op"] for case in results["cases"]] == list(dict.fromkeys(case.op for case in CASES))
+    for case in results["cases"]:
+        eager, ours = (case["peers"][name] for name in ("eager", "liger"))
+        assert "failed" not in eager, f"{case['op']}: {eager}"
+        assert "failed" not in ours, f"{case['op']}: {ours}"
+        assert ours["host_us"] > 0
+        assert ours["error"].keys() == eager["error"].keys()
+        for what, error in ours["error"].items():
+            assert error <= 1.5 * eager["error"][what] + 1e-6, f"{case['op']}, {what}: {error} against {eager['error']}"
+
+
+def test_every_case_has_a_positive_floor_and_every_peer():
+    from benchmarks.cases import CASES
+    from benchmarks.peers import NAMES
+
+    for case in CASES:
+        assert (case.moved > 0) != (case.flops > 0), f"{case.op}: bound by memory or by operations"
+        assert tuple(case.peers) == NAMES
+
+
+def test_a_peer_that_fails_is_recorded_with_its_error():
+    from benchmarks.cases import CASES
+    from benchmarks.measure import measure_or_say_why
+
+    def load():
+        raise RuntimeError("no such kernel")
+
+    case = CASES[0]
+    case.peers["broken"] = load
+    try:
+        record = measure_or_say_why(case, "broken", torch.device("cpu"))
+    finally:
+        del case.peers["broken"]
+    assert record == {"failed": "RuntimeError: no such kernel"}
+
+
+def test_errors_are_measured_in_stretches_as_in_one_piece():
+    import dataclasses
+
+    from benchmarks.cases import CASES
+    from benchmarks.measure import _errors
+
+    def loss(input, linear_weight, target):
+        return torch.nn.functional.cross_entropy(input @ linear_weight.T, target)
+
+    case = next(case for case in CASES if case.op == "linear_cross_entropy")
+    case = dataclasses.replace(case, sizes=case.tiny)
+    whole, stretches = (_errors(loss, dataclasses.replace(case, chunk=rows), torch.device("cpu")) for rows in (64, 24))
+    assert whole == pytest.approx(stretches, rel=1e-6)
+    assert 0 < whole["d linear_weight"] < 0.01
+
+
+def test_readme_shows_the_committed_results():
+    from benchmarks.table import updated
+
+    readme = (ROOT / "README.md").read_text("utf-8")
+    assert readme == updated(readme), "README's tables are stale: python -m benchmarks.table --write"
+
+
+def test_the_tables_show_failures_and_absent_peers():
+    from benchmarks.table import section
+
+    record = {"gpu_ms": 1.25, "peak_mib": 1234.0, "host_us": 77.7}
+    peers = {"eager": record, "compile": {"failed": "RuntimeError: x"}}
+    shown = section({
+        "device": "A GPU",
+        "versions": {"torch": "2.0"},
+        "cases": [
+            {"op": "cross_entropy", "shape": "2×3", "floor_ms": 0.5, "peers": peers},
+            {"op": "swiglu", "shape": "2×3", "floor_ms": 0.5, "peers": {"eager": record, "liger": record}},
+        ],
+        "steps": {"eager": {"tokens_per_second": 45938.0, "peak_gib": 61.2}, "compile": {"failed": "x"}},
+    })  # fmt: skip
+    assert "| cross_entropy | 2×3 | 0.5 | 1.250 / 1,234 | fails | – |" in shown
+    assert "| swiglu | 2×3 | 0.5 | 1.250 | – | 1.250 |" in shown
+    assert "| eager | 45,938 | 61.2 |" in shown
