@@ -78,10 +78,8 @@ def test_entry_points_are_installed_and_load(package):
 
 @each_package
 def test_a_packages_tests_run_alone(package):
-    own, root = (
-        set(toml(path / "pyproject.toml")["tool"]["pytest"]["ini_options"]["addopts"].split())
-        for path in (package, ROOT)
-    )
+    tables = (toml(folder / "pyproject.toml")["tool"]["pytest"]["ini_options"] for folder in (package, ROOT))
+    own, root = (set(table["addopts"].split()) for table in tables)
     assert "liger.testing.plugin" in own
     assert own <= root
 
