@@ -73,7 +73,7 @@ LLAMA_1B = Setting(
         "num_attention_heads": 32, "num_key_value_heads": 8, "tie_word_embeddings": True,
         "max_position_embeddings": 131072,
     },
-    batch=4, sequence=4096, steps=30, learning_rate=3e-4, dtype=torch.bfloat16,
+    batch=4, sequence=4096, steps=30, learning_rate=2e-4, dtype=torch.bfloat16,
 )  # fmt: skip
 
 

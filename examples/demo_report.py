@@ -42,9 +42,10 @@ def draw(runs: dict[str, dict[str, Any]], path: Path) -> Path | None:
     for (name, run), style in zip(runs.items(), ("-", "--"), strict=True):
         curve.plot(run["losses"], style, label=name, linewidth=1.5)
         times, sizes = zip(*run["profile"], strict=True)
-        memory.step(times, [size / MIB for size in sizes], where="post", label=name, linewidth=1)
+        # Each step is as wide as the other: under the profiler its length says nothing.
+        memory.step([t / times[-1] for t in times], [size / MIB for size in sizes], style, where="post", label=name)
     curve.set(title="loss", xlabel="step", ylabel="cross-entropy")
-    memory.set(title="memory of one step", xlabel="milliseconds, under the profiler", ylabel="MiB allocated")
+    memory.set(title="memory of one step", xlabel="from the beginning of the step to its end", ylabel="MiB allocated")
     memory.set_ylim(bottom=0)
     for axes in (curve, memory):
         axes.legend()
