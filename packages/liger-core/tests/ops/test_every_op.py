@@ -130,9 +130,7 @@ def test_expanded_upstream_gradient_is_as_its_copy(op, device, path):
     assert_same(gradients(op, inputs, expanded), gradients(op, inputs, tuple(t.contiguous() for t in expanded)))
 
 
-def test_strided_inputs_are_as_their_copies(op, device, path, request):
-    if path == "kernel" and request.node.callspec.params["op"].startswith("rms_norm"):
-        request.applymarker(pytest.mark.xfail(strict=True, reason="rms_norm's kernels read a strided weight wrongly"))
+def test_strided_inputs_are_as_their_copies(op, device, path):
     inputs = op.prepare(2, 3, torch.float32, device)
     strided = tuple(torch.stack((t, t.neg()), dim=-1)[..., 0].detach().requires_grad_(t.requires_grad) for t in inputs)
     assert not any(t.is_contiguous() for t in strided)
@@ -153,7 +151,8 @@ def test_each_frozen_input_gets_no_gradient_and_changes_no_other(op, device, pat
         others = [(t, g) for t, g in zip(leaves, full, strict=True) if t is not frozen]
         torch.autograd.backward([y for y, _ in outputs], [g for _, g in outputs])
         assert frozen.grad is None
-        assert_same([t.grad for t, _ in others], [g for _, g in others])
+        # Close, not equal: without the frozen input's part, a GPU's compiler contracts other products and sums.
+        torch.testing.assert_close([t.grad for t, _ in others], [g for _, g in others])
         for leaf in leaves:
             leaf.grad = None
         frozen.requires_grad_()

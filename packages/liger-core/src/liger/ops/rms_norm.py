@@ -59,7 +59,7 @@ def _forward_kernel(
 
     x_in = tl.load(x + at, mask=inside, other=0.0)
     x32 = x_in.to(tl.float32)
-    r = tl.rsqrt(tl.sum(x32 * x32, axis=1) / columns + eps)
+    r = tl.rsqrt(tl.sum(x32 * x32, axis=1) / columns + eps.to(tl.float32))  # inductor hands floats over in fp64
     tl.store(rstd + row, r, mask=row < rows)
     out = x32 * r[:, None]
     if LLAMA:
@@ -147,7 +147,7 @@ def _launch_backward(
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor | None, eps: float, offset: float, cast: Cast) -> Tensor:
-        x = x.contiguous()
+        x, weight = x.contiguous(), None if weight is None else weight.contiguous()
         y, rstd = _launch_forward(x, weight, eps, offset, cast)
         ctx.save_for_backward(x, weight, rstd)
         ctx.offset = offset
