@@ -51,7 +51,7 @@ def _forward_kernel(
     x32 = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
     mu = tl.sum(x32, axis=1) / columns
     centred = tl.where(inside, x32 - mu[:, None], 0.0)  # a padded lane is −μ after the subtraction
-    r = tl.rsqrt(tl.sum(centred * centred, axis=1) / columns + eps.to(tl.float32))  # inductor hands floats over in fp64
+    r = tl.rsqrt((tl.sum(centred * centred, axis=1) / columns + eps).to(tl.float32))  # inductor hands eps over in fp64
     tl.store(mean + row, mu, mask=row < rows)
     tl.store(rstd + row, r, mask=row < rows)
     out = centred * r[:, None]

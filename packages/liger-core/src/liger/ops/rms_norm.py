@@ -59,7 +59,7 @@ def _forward_kernel(
 
     x_in = tl.load(x + at, mask=inside, other=0.0)
     x32 = x_in.to(tl.float32)
-    r = tl.rsqrt(tl.sum(x32 * x32, axis=1) / columns + eps.to(tl.float32))  # inductor hands floats over in fp64
+    r = tl.rsqrt((tl.sum(x32 * x32, axis=1) / columns + eps).to(tl.float32))  # inductor hands eps over in fp64
     tl.store(rstd + row, r, mask=row < rows)
     out = x32 * r[:, None]
     if LLAMA:
