@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from liger.ops.launch import runs_kernels
-from liger.ops.loss_rows import Options, divides_late, fill_rows, reference_rows, scaled
+from liger.ops.loss_rows import Options, early_and_late, fill_rows, reference_rows, scaled
 
 Reduction = Literal["mean", "sum", "none"]
 
@@ -30,7 +30,8 @@ def reference(
     logits: Tensor, target: Tensor, options: Options, reduction: Reduction, denominator: Tensor | None
 ) -> Tensor:
     """`cross_entropy` of (M, V) logits in plain torch: the specification, and what devices without Triton run."""
-    return reduced(reference_rows(logits, target, options)[0], reduction, denominator)
+    loss, _ = reference_rows(logits, target, options)
+    return reduced(loss, reduction, denominator)
 
 
 def reduced(loss: Tensor, reduction: Reduction, denominator: Tensor | None) -> Tensor:
@@ -62,7 +63,7 @@ def _run_forward(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     loss, lse = (torch.empty(logits.shape[0], dtype=torch.float32, device=logits.device) for _ in range(2))
     gradient = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device) if with_gradient else None
-    early = None if divides_late(logits.dtype) else denominator
+    early, _ = early_and_late(denominator, logits.dtype)
     fill_rows(logits, target, options, loss, lse, gradient, denominator=early)
     return loss, lse, gradient
 
@@ -87,7 +88,7 @@ class _CrossEntropy(torch.autograd.Function):
             fill_rows(logits, target, ctx.options, None, lse, gradient, upstream=upstream, denominator=denominator)
         else:
             ctx.is_used = not torch.compiler.is_compiling()
-            gradient = scaled(gradient, upstream, denominator if divides_late(logits.dtype) else None)
+            gradient = scaled(gradient, upstream, early_and_late(denominator, logits.dtype)[1])
         return gradient, None, None, None, None
 
 

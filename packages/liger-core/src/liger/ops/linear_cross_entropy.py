@@ -11,7 +11,7 @@ keeps one number per row, and backward goes through the chunks again.
 
 The products are matmuls of the inputs' dtype, which sum in fp32. Losses, softmax and db run in fp32 (fp64 inputs:
 all in fp64). dW is summed over the chunks in the weight's dtype, rounded once a chunk, or in `accum_dtype`; for fp16
-weights in fp32, since there backward divides by the denominator (see `divides_late`).
+weights in fp32, since there it is not divided by the whole denominator until backward (see `early_and_late`).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from liger.ops.cross_entropy import Reduction, check_arguments, check_labels, divisor, reduced
-from liger.ops.loss_rows import Options, divides_late, fill_rows, scaled
+from liger.ops.loss_rows import Options, early_and_late, fill_rows, scaled
 
 CHUNK_BYTES = 256 * 2**20
 """How much memory one chunk of logits may take: 1024 rows of 128256 in bf16."""
@@ -153,7 +153,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, denominator: Tensor | None,
         reduction: Reduction, needs: tuple[bool, bool, bool], dtypes: tuple[torch.dtype, torch.dtype], options: Options,
     ) -> Tensor:  # fmt: skip
-        early = None if divides_late(dtypes[0]) else denominator
+        early, _ = early_and_late(denominator, dtypes[0])
         now = needs if reduction != "none" else (False, False, False)
         loss, lse, dx, dw, db = _runner()(input, weight, bias, target, None, early, None, *now, *dtypes, *options)
         ctx.save_for_backward(input, weight, bias, target, denominator, lse, dx, dw, db)
@@ -171,7 +171,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             )
         else:
             ctx.must_run = not torch.compiler.is_compiling()  # the second time: `scaled` uses these gradients up
-            late = denominator if divides_late(ctx.dtypes[0]) else None
+            _, late = early_and_late(denominator, ctx.dtypes[0])
             dx, dw, db = (scaled(gradient, upstream, late) for gradient in gradients)
         needs_input, needs_weight, needs_bias = ctx.needs
         return (

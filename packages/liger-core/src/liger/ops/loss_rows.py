@@ -20,6 +20,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from liger.ops.launch import jit, launch, next_power_of_2, runs_kernels, sm_count, tl
@@ -37,19 +38,18 @@ class Options(NamedTuple):
     logit_scale: float
 
 
-def reference_rows(logits: Tensor, target: Tensor, options: Options) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss, lse, z) of (M, V) logits in plain, differentiable torch. The loss is 0 where the label is ignored."""
+def reference_rows(logits: Tensor, target: Tensor, options: Options) -> tuple[Tensor, Tensor]:
+    """(loss, z) of (M, V) logits in plain, differentiable torch. The loss is 0 where the label is ignored."""
     z = logits.to(torch.promote_types(logits.dtype, torch.float32)) * options.logit_scale
     if options.softcap is not None:
         z = options.softcap * torch.tanh(z / options.softcap)
-    lse = z.logsumexp(-1)
-    counts = target != options.ignore_index
-    loss = lse - z.gather(-1, torch.where(counts, target, 0).long()[:, None])[:, 0]
-    if options.label_smoothing:
-        loss = (1 - options.label_smoothing) * loss + options.label_smoothing * (lse - z.mean(-1))
+    ignored = options.ignore_index
+    loss = F.cross_entropy(
+        z, target.long(), ignore_index=ignored, label_smoothing=options.label_smoothing, reduction="none"
+    )
     if options.z_loss:
-        loss = loss + options.z_loss * lse.square()
-    return torch.where(counts, loss, 0.0), lse, z
+        loss = loss + torch.where(target == ignored, 0.0, options.z_loss * z.logsumexp(-1).square())
+    return loss, z
 
 
 def _reference_fill(
@@ -57,14 +57,14 @@ def _reference_fill(
     upstream: Tensor | None, denominator: Tensor | None,
 ) -> None:  # fmt: skip
     """`fill_rows` in plain torch."""
-    values, log_sum, z = reference_rows(logits, target, options)
+    values, z = reference_rows(logits, target, options)
     if loss is not None:
         loss.copy_(values)
-        lse.copy_(log_sum)
+        torch.logsumexp(z, -1, out=lse)
     if gradient is None:
         return
     counts = target != options.ignore_index
-    dz = torch.exp(z - log_sum[:, None]) * (1 + 2 * options.z_loss * log_sum)[:, None]
+    dz = torch.exp(z - lse[:, None]) * (1 + 2 * options.z_loss * lse)[:, None]
     dz -= options.label_smoothing / logits.shape[-1]
     dz[torch.arange(len(dz), device=dz.device), torch.where(counts, target, 0)] -= 1 - options.label_smoothing
     if options.softcap is not None:
@@ -149,8 +149,11 @@ def _rows_kernel(
             total = total * tl.exp(peak - higher) + tl.sum(tl.exp(z - higher[None, :]), axis=0)
             peak = higher
         top = tl.max(peak, axis=0)
-        log_sum = top + tl.log(tl.sum(total * tl.exp(peak - top), axis=0))
-        value = log_sum - z_label
+        above = tl.log(tl.sum(total * tl.exp(peak - top), axis=0))
+        log_sum = top + above
+        value = (
+            top - z_label
+        ) + above  # not log_sum − z_label: near certainty the loss has digits that log_sum has not
         if HAS_SMOOTHING:
             value = (1.0 - label_smoothing) * value + label_smoothing * (log_sum - tl.sum(z_sum, axis=0) / columns)
         value += z_loss * log_sum * log_sum
@@ -184,8 +187,7 @@ def _rows_kernel(
 def _scale_kernel(buffer, upstream, denominator, rows, columns, HAS_DENOMINATOR: tl.constexpr, BLOCK: tl.constexpr):
     factor = tl.load(upstream).to(tl.float32)
     if HAS_DENOMINATOR:
-        divisor = tl.load(denominator).to(tl.float32)
-        factor = tl.where(divisor == 0.0, 0.0, factor / divisor)  # no label counted: the gradient is 0, not 0 · inf
+        factor /= tl.load(denominator).to(tl.float32)
     if factor != 1.0:
         size = rows.to(tl.int64) * columns
         for first in range(tl.program_id(0).to(tl.int64) * BLOCK, size, tl.num_programs(0) * BLOCK):
@@ -237,7 +239,7 @@ def scaled(buffer: Tensor, upstream: Tensor, denominator: Tensor | None) -> Tens
     Out of place in the reference, and under torch.compile, which fuses it and must not see a saved tensor change.
     """
     if torch.compiler.is_compiling() or not runs_kernels(buffer):
-        factor = upstream if denominator is None else torch.where(denominator == 0, 0.0, upstream / denominator)
+        factor = upstream if denominator is None else upstream / denominator
         return (buffer.to(torch.promote_types(buffer.dtype, torch.float32)) * factor).to(buffer.dtype)
     if buffer.numel():
         columns = buffer.shape[-1]
@@ -249,9 +251,13 @@ def scaled(buffer: Tensor, upstream: Tensor, denominator: Tensor | None) -> Tens
     return buffer
 
 
-def divides_late(dtype: torch.dtype) -> bool:
-    """Whether backward, not forward, divides a gradient of this dtype by the denominator.
+def early_and_late(denominator: Tensor | None, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
+    """What a gradient of this dtype is divided by in forward, and what in backward.
 
-    In fp16 the quotient would underflow before a GradScaler's factor arrives with the upstream gradient.
+    In fp16 the quotient would underflow before a GradScaler's factor arrives with the upstream gradient. There only the
+    denominator's mantissa is divided by in forward; its power of two rounds nothing in backward, nor does the scaler's.
     """
-    return dtype == torch.float16
+    if denominator is None or dtype != torch.float16:
+        return denominator, None
+    mantissa, exponent = torch.frexp(denominator.float())
+    return mantissa, torch.ldexp(torch.ones_like(mantissa), exponent)

@@ -1,0 +1,581 @@
+"""linear_cross_entropy against fp64, through the kernels and through the reference, in several chunks."""
+
+from __future__ import annotations
+
+import importlib
+import weakref
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from liger.ops import linear_cross_entropy
+from liger.testing import assert_as_exact_as
+from liger.testing.error_rule import relative_error
+
+module = importlib.import_module("liger.ops.linear_cross_entropy")  # the package has a function of this name
+
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+OPTIONS = {
+    "plain": {},
+    "smoothing": {"label_smoothing": 0.1},
+    "z_loss": {"z_loss": 1e-2},
+    "softcap": {"softcap": 3.0},
+    "scale": {"logit_scale": 0.3},
+    "all": {"label_smoothing": 0.2, "z_loss": 1e-2, "softcap": 2.0, "logit_scale": 1.5},
+}
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def chunk_rows(monkeypatch):
+    """Sets how many rows a chunk has."""
+
+    def set_rows(size):
+        def fixed(rows, *_):
+            return [(start, min(start + size, rows)) for start in range(0, rows, size)]
+
+        monkeypatch.setattr(module, "chunks", fixed)
+
+    return set_rows
+
+
+def naive(
+    x, weight, target, *, linear_bias=None, ignore_index=-100, label_smoothing=0.0, z_loss=0.0, softcap=None,
+    logit_scale=1.0, reduction="mean", denominator=None, accum_dtype=None,
+):  # fmt: skip
+    """What a model would write with torch's own functions: the linear layer, logits.float(), everything in that."""
+    logits = F.linear(x, weight, linear_bias)
+    z = logits.to(torch.promote_types(logits.dtype, torch.float32)) * logit_scale
+    if softcap is not None:
+        z = torch.tanh(z / softcap) * softcap
+    flat = (z.flatten(0, -2), target.flatten())
+    loss = F.cross_entropy(*flat, ignore_index=ignore_index, label_smoothing=label_smoothing, reduction="none")
+    loss = loss.view(target.shape) + z_loss * z.logsumexp(-1).square() * (target != ignore_index)
+    if reduction == "none":
+        return loss
+    count = (target != ignore_index).sum() if reduction == "mean" else 1
+    return loss.sum() / float(count if denominator is None else denominator)
+
+
+def some(rows, width, columns, device, dtype=torch.float32, ignored=()):
+    """x, weight, bias and target, with logits of a few units."""
+    x = torch.randn(rows, width, device=device).to(dtype)
+    weight = (2 * torch.randn(columns, width, device=device) / width**0.5).to(dtype)
+    bias = torch.randn(columns, device=device).to(dtype)
+    target = torch.randint(0, columns, (rows,), device=device)
+    target[list(ignored)] = -100
+    return x, weight, bias, target
+
+
+def run(function, x, weight, bias, target, upstream=None, **options):
+    leaves = [None if t is None else t.detach().requires_grad_() for t in (x, weight, bias)]
+    loss = function(leaves[0], leaves[1], target, linear_bias=leaves[2], **options)
+    upstream = None if upstream is None else upstream.to(loss.dtype)
+    return loss, *torch.autograd.grad(loss, [t for t in leaves if t is not None], upstream)
+
+
+def check(x, weight, bias, target, upstream=None, **options):
+    """Loss and gradients of linear_cross_entropy obey the error rule; returns them."""
+    wide = [None if t is None else t.double() for t in (x, weight, bias)]
+    actual = run(linear_cross_entropy, x, weight, bias, target, upstream, **options)
+    own = run(naive, x, weight, bias, target, upstream, **options)
+    exact = run(naive, *wide, target, upstream, **options)
+    for name, *three in zip(("loss", "dx", "dW", "db"), actual, own, exact, strict=bias is not None):
+        assert_as_exact_as(*three, name)
+    return actual
+
+
+def upstream_of(reduction, rows, device):
+    """One gradient per row, or a power of two, as a GradScaler's: in fp16, backward must not round again for it."""
+    return torch.rand(rows, device=device) if reduction == "none" else torch.tensor(0.25, device=device)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("columns", [1, 3, 127, 1000])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_matches_fp64(device, path, chunk_rows, dtype, columns, reduction):
+    if path == "kernel" and dtype == torch.float64:
+        pytest.skip("fp64 has one path")
+    chunk_rows(3)
+    tensors = some(8, 24, columns, device, dtype, ignored=[2, 7])
+    check(*tensors, upstream_of(reduction, 8, device), reduction=reduction)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_many_classes_match_fp64(device, path, chunk_rows, dtype):
+    chunk_rows(2)
+    check(*some(3, 16, 32001, device, dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_options_match_fp64(device, path, chunk_rows, dtype, reduction, options):
+    if path == "kernel" and dtype == torch.float64:
+        pytest.skip("fp64 has one path")
+    chunk_rows(4)
+    tensors = some(10, 16, 300, device, dtype, ignored=[0])
+    check(*tensors, upstream_of(reduction, 10, device), reduction=reduction, **options)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+@pytest.mark.parametrize("denominator", [7, torch.tensor(2.5, dtype=torch.float64)], ids=str)
+def test_denominator_replaces_the_count(device, path, chunk_rows, dtype, reduction, denominator):
+    chunk_rows(3)
+    check(*some(7, 8, 40, device, dtype, ignored=[1]), reduction=reduction, denominator=denominator)
+
+
+def test_leading_dimensions_without_bias(device, path):
+    x, weight, _, target = some(6, 8, 30, device, ignored=[4])
+    check(x.view(2, 3, 8), weight, None, target.view(2, 3), torch.rand(2, 3, device=device), reduction="none")
+
+
+def test_strided_input_and_weight(device, path):
+    x, weight, bias, target = some(6, 8, 30, device)
+    check(x.t().contiguous().t(), weight.t().contiguous().t(), bias, target.repeat_interleave(2)[::2])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("denominator", [4, 0])
+def test_all_labels_ignored_with_a_denominator_is_zero(device, path, dtype, denominator):
+    tensors = some(3, 8, 20, device, dtype, ignored=[0, 1, 2])
+    loss, *gradients = run(linear_cross_entropy, *tensors, reduction="sum", denominator=denominator)
+    assert loss == 0
+    assert all(torch.equal(g, torch.zeros_like(g)) for g in gradients)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_all_labels_ignored_in_the_mean_is_as_in_torch(device, path, dtype):
+    loss, *gradients = run(linear_cross_entropy, *some(3, 8, 20, device, dtype, ignored=[0, 1, 2]))
+    assert loss.isnan()
+    assert all(torch.equal(g, torch.zeros_like(g)) for g in gradients)
+
+
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+def test_no_rows(device, path, reduction):
+    x, weight, bias, target = some(0, 8, 20, device)
+    upstream = target.double() if reduction == "none" else None
+    loss, dx, dw, db = run(linear_cross_entropy, x, weight, bias, target, upstream, reduction=reduction)
+    assert loss.sum() == 0
+    assert dx.shape == (0, 8)
+    assert torch.equal(dw, torch.zeros_like(weight))
+    assert torch.equal(db, torch.zeros_like(bias))
+
+
+def test_loss_times_a_random_mask(device, path, chunk_rows):
+    """An upstream gradient per row reaches dx, dW and db, zeros and ignored rows included."""
+    chunk_rows(5)
+    x, weight, bias, target = some(16, 12, 50, device, ignored=[3, 7])
+    mask = torch.randint(0, 2, (16,), device=device)
+
+    def masked(function):
+        return lambda *args, **options: (function(*args, reduction="none", **options) * mask).sum() / mask.sum()
+
+    actual = run(masked(linear_cross_entropy), x, weight, bias, target)
+    exact = run(masked(naive), x.double(), weight.double(), bias.double(), target)
+    own = run(masked(naive), x, weight, bias, target)
+    for three in zip(actual, own, exact, strict=True):
+        assert_as_exact_as(*three)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_no_gradient_needed_gives_the_right_loss(device, path, chunk_rows, reduction):
+    chunk_rows(3)
+    x, weight, _, target = some(4, 8, 3, device)
+    expected = naive(x, weight, target, reduction=reduction)
+    torch.testing.assert_close(linear_cross_entropy(x, weight, target, reduction=reduction), expected)
+    with torch.no_grad():
+        quiet = linear_cross_entropy(x.clone().requires_grad_(), weight, target, reduction=reduction)
+    torch.testing.assert_close(quiet, expected)
+    assert not quiet.requires_grad
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("frozen", ["x", "weight", "bias", "weight and bias"])
+def test_frozen_tensors_get_no_gradient_and_change_no_other(device, path, chunk_rows, frozen, reduction):
+    chunk_rows(3)
+    tensors = dict(zip(("x", "weight", "bias", "target"), some(7, 8, 40, device), strict=True))
+    upstream = torch.rand(7 if reduction == "none" else (), device=device)
+    _, *full = run(linear_cross_entropy, *tensors.values(), upstream, reduction=reduction)
+    for name in ("x", "weight", "bias"):
+        tensors[name].requires_grad_(name not in frozen)
+    loss = linear_cross_entropy(
+        tensors["x"], tensors["weight"], tensors["target"], linear_bias=tensors["bias"], reduction=reduction
+    )
+    loss.backward(upstream)
+    for name, gradient in zip(("x", "weight", "bias"), full, strict=True):
+        if name in frozen:
+            assert tensors[name].grad is None
+        else:
+            torch.testing.assert_close(tensors[name].grad, gradient)
+
+
+class Allocations(TorchDispatchMode):
+    """Records the largest number of bytes that new tensors held at one time, and how large each of them was."""
+
+    def __init__(self):
+        super().__init__()
+        self.live, self.peak, self.sizes, self.known = 0, 0, [], set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        inputs = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+        out = func(*args, **(kwargs or {}))
+        for t in tree_leaves(out):
+            if isinstance(t, torch.Tensor) and t.untyped_storage()._cdata not in inputs | self.known:
+                self._add(t.untyped_storage())
+        return out
+
+    def _add(self, storage):
+        key, size = storage._cdata, storage.nbytes()
+        self.known.add(key)
+        self.live += size
+        self.peak = max(self.peak, self.live)
+        self.sizes.append(size)
+        weakref.finalize(storage, self._drop, key, size)
+
+    def _drop(self, key, size):
+        self.known.discard(key)
+        self.live -= size
+
+
+def allocations(function):
+    with Allocations() as mode:
+        function()
+    return mode
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_whole_logits_are_never_held(path, chunk_rows, reduction):
+    chunk_rows(4)
+    x, weight, bias, target = some(64, 4, 200, "cpu")
+    upstream = torch.ones(64 if reduction == "none" else ())
+    logits = 64 * 200 * 4
+    assert max(allocations(lambda: run(naive, x, weight, bias, target)).sizes) >= logits
+    ours = allocations(lambda: run(linear_cross_entropy, x, weight, bias, target, upstream, reduction=reduction))
+    assert sum(ours.sizes) > logits / 16, "the recorder sees nothing"
+    assert max(ours.sizes) <= logits / 16
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_gradients_that_nobody_needs_take_no_memory(path, chunk_rows, reduction):
+    chunk_rows(4)
+    x, weight, bias, target = some(8, 32, 500, "cpu")
+    size = weight.numel() * 4
+    upstream = torch.ones(8 if reduction == "none" else ())
+
+    def backward():
+        loss = linear_cross_entropy(x.clone().requires_grad_(), weight, target, linear_bias=bias, reduction=reduction)
+        loss.backward(upstream)
+
+    assert size not in allocations(backward).sizes
+    weight.requires_grad_()
+    assert size in allocations(backward).sizes
+    with torch.no_grad():
+        assert max(allocations(lambda: linear_cross_entropy(x, weight, target)).sizes) < size
+
+
+def test_the_weights_gradient_is_allocated_once_and_handed_over(path):
+    """1 GB at a real size: no copy by the scaling in backward, none by AccumulateGrad."""
+    if path == "reference":
+        pytest.skip("scales out of place")
+    x, weight, _, target = some(8, 32, 500, "cpu")
+    weight.requires_grad_()
+    made = allocations(lambda: (2 * linear_cross_entropy(x, weight, target)).backward())
+    assert made.sizes.count(weight.numel() * 4) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_second_backward_through_one_graph(device, path, chunk_rows, dtype, reduction):
+    """Forward's gradients are used up by the first backward; what that returned must not change either."""
+    chunk_rows(3)
+    x, weight, bias, target = some(7, 16, 60, device, dtype, ignored=[1])
+    upstream = torch.rand(7 if reduction == "none" else (), device=device)
+
+    def two(function, dtype):
+        leaves = [t.detach().to(dtype).requires_grad_() for t in (x, weight, bias)]
+        loss = function(*leaves[:2], target, linear_bias=leaves[2], reduction=reduction)
+        first = torch.autograd.grad(loss, leaves, upstream.to(loss.dtype), retain_graph=True)
+        kept = [g.clone() for g in first]
+        second = torch.autograd.grad(loss, leaves, 3 * upstream.to(loss.dtype))
+        assert all(torch.equal(a, b) for a, b in zip(first, kept, strict=True))
+        return *first, *second
+
+    results = zip(two(linear_cross_entropy, dtype), two(naive, dtype), two(naive, torch.float64), strict=True)
+    for three in results:
+        assert_as_exact_as(*three, depth=2)
+
+
+def test_two_backwards_accumulate_into_grad(device, path):
+    x, weight, _, target = some(5, 8, 30, device)
+    weight.requires_grad_()
+    loss = linear_cross_entropy(x, weight, target)
+    loss.backward(retain_graph=True)
+    once = weight.grad.clone()
+    loss.backward()
+    torch.testing.assert_close(weight.grad, 2 * once)
+
+
+@pytest.mark.parametrize("accum_dtype", [None, torch.float32], ids=str)
+def test_error_of_the_weights_gradient_does_not_grow_with_chunks(device, path, chunk_rows, accum_dtype):
+    """With fp32 accumulation at any number of chunks; in bf16, at the number that the default makes."""
+    x, weight, bias, target = some(256, 16, 50, device, torch.bfloat16)
+    _, _, exact, _ = run(naive, x.double(), weight.double(), bias.double(), target)
+    _, _, own, _ = run(naive, x, weight, bias, target)
+    for count in (1, 8) if accum_dtype is None else (1, 16, 128):
+        if path == "kernel" and count == 128:
+            continue  # as many products as in the reference, whose rows are faster here
+        chunk_rows(256 // count)
+        _, _, dw, _ = run(linear_cross_entropy, x, weight, bias, target, accum_dtype=accum_dtype)
+        assert_as_exact_as(dw, own, exact, f"dW of {count} chunks")
+
+
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("input_dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_autocast_with_an_fp32_head(device, path, chunk_rows, with_bias, reduction, input_dtype):
+    chunk_rows(4)
+    x, weight, bias, target = some(10, 16, 70, device, ignored=[2])
+    x, bias = x.to(input_dtype), bias if with_bias else None
+    upstream = torch.rand(10 if reduction == "none" else (), device=device)
+
+    def autocast(function):
+        def call(*args, **options):
+            with torch.autocast(device.type, torch.bfloat16):
+                return function(*args, **options)
+
+        return call
+
+    actual = run(autocast(linear_cross_entropy), x, weight, bias, target, upstream, reduction=reduction)
+    own = run(autocast(naive), x, weight, bias, target, upstream, reduction=reduction)
+    wide = [None if t is None else t.double() for t in (x, weight, bias)]
+    exact = run(naive, *wide, target, upstream, reduction=reduction)
+    assert [t.dtype for t in actual] == [torch.float32, input_dtype, torch.float32, torch.float32][: len(actual)]
+    for a, o, e in zip(actual, own, exact, strict=True):
+        assert relative_error(a, e) <= 1.5 * relative_error(o, e) + 8e-4
+
+
+def test_autocast_keeps_the_sum_of_the_chunks_in_the_weights_dtype(device, path, chunk_rows):
+    """A bf16 sum over the chunks would round what fp32 master weights are there to keep."""
+    chunk_rows(8)
+    x, weight, _, target = some(64, 16, 30, device)
+    weight.requires_grad_()
+    with torch.autocast(device.type, torch.bfloat16):
+        (one,) = torch.autograd.grad(linear_cross_entropy(x[:8], weight, target[:8], reduction="sum"), weight)
+        (rest,) = torch.autograd.grad(linear_cross_entropy(x[8:], weight, target[8:], reduction="sum"), weight)
+        (both,) = torch.autograd.grad(linear_cross_entropy(x, weight, target, reduction="sum"), weight)
+    torch.testing.assert_close(both, one + rest, rtol=1e-6, atol=1e-6)
+
+
+def test_fp16_gradient_survives_a_large_denominator_until_the_loss_scale_arrives(device, path, chunk_rows):
+    chunk_rows(2)
+    tensors = some(3, 8, 50, device, torch.float16)
+    upstream = torch.tensor(2.0**24, device=device)
+    _, dx, *_ = check(*tensors, upstream, reduction="sum", denominator=2.0**25)
+    assert (dx != 0).all()
+
+
+def test_gradcheck(device):
+    x, weight, bias, target = some(5, 3, 7, device, torch.float64, ignored=[1])
+    leaves = [t.requires_grad_() for t in (x, weight, bias)]
+    for reduction in ("mean", "none"):
+
+        def loss(x, weight, bias, reduction=reduction):
+            return linear_cross_entropy(x, weight, target, linear_bias=bias, reduction=reduction, **OPTIONS["all"])
+
+        assert torch.autograd.gradcheck(loss, leaves)
+
+
+def test_softmax_of_a_producer_stays_unchanged(device, path):
+    x, weight, bias, target = some(4, 8, 30, device)
+    weight.requires_grad_()
+    leaf = x.requires_grad_()
+    produced = leaf.softmax(-1)
+    before = [t.detach().clone() for t in (produced, weight, bias, target)]
+    loss = linear_cross_entropy(produced, weight, target, linear_bias=bias)
+    loss = loss + linear_cross_entropy(produced, weight, target, linear_bias=bias, reduction="sum")
+    loss.backward(retain_graph=True)
+    loss.backward()
+    assert all(torch.equal(a.detach(), b) for a, b in zip((produced, weight, bias, target), before, strict=True))
+
+
+def test_same_bits_every_time(device, path, chunk_rows):
+    chunk_rows(4)
+    tensors = some(9, 8, 70, device)
+    runs = [run(linear_cross_entropy, *tensors) for _ in range(2)]
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_compiles_without_a_graph_break_on_the_cpu(monkeypatch, chunk_rows, reduction):
+    monkeypatch.setattr(importlib.import_module("liger.ops.launch"), "enabled", False)
+    chunk_rows(4)
+    torch._dynamo.reset()
+    compiled = torch.compile(linear_cross_entropy, fullgraph=True, backend="aot_eager")
+    for rows in (6, 9):  # the second has dynamic shapes
+        tensors = some(rows, 8, 30, "cpu", ignored=[0, 3])
+        upstream = torch.rand(rows if reduction == "none" else ())
+        eager = run(linear_cross_entropy, *tensors, upstream, reduction=reduction)
+        for a, b in zip(run(compiled, *tensors, upstream, reduction=reduction), eager, strict=True):
+            torch.testing.assert_close(a, b)
+
+
+class TestChunks:
+    def test_default_is_1024_rows_of_a_large_vocabulary(self):
+        assert module.chunks(8192, 128256, 2, 8192 * 128256) == [(i, i + 1024) for i in range(0, 8192, 1024)]
+
+    @pytest.mark.parametrize("rows", [0, 1, 127, 129, 8200, 12345])
+    @pytest.mark.parametrize("columns", [1, 32000, 262145])
+    @pytest.mark.parametrize("weight_gradient_bytes", [0, 2**28, 2**31])
+    def test_cover_every_row_once_in_balanced_chunks(self, rows, columns, weight_gradient_bytes):
+        parts = module.chunks(rows, columns, 2, weight_gradient_bytes)
+        assert [start for start, _ in parts] == [0, *(stop for _, stop in parts)][:-1] if rows else parts == []
+        assert not rows or parts[-1][1] == rows
+        sizes = [stop - start for start, stop in parts]
+        assert all(size > 0 for size in sizes)
+        assert max(sizes, default=0) - min(sizes, default=0) <= 2 * 128
+        assert all(start % 128 == 0 for start, _ in parts)
+        assert max(sizes, default=0) * columns * 2 <= max(module.CHUNK_BYTES, weight_gradient_bytes)
+
+    def test_memory_budget_is_obeyed_when_no_weight_gradient_is_computed(self, monkeypatch):
+        monkeypatch.setattr(module, "CHUNK_BYTES", 10 * 300 * 2)
+        assert max(stop - start for start, stop in module.chunks(95, 300, 2)) == 10
+
+    def test_a_row_larger_than_the_budget_is_a_chunk(self, monkeypatch):
+        monkeypatch.setattr(module, "CHUNK_BYTES", 1)
+        assert module.chunks(3, 300, 2) == [(0, 1), (1, 2), (2, 3)]
+
+
+@pytest.mark.parametrize("label", [5, -1])
+def test_label_out_of_range_is_named_on_the_cpu(path, label):
+    target = torch.tensor([0, label, -100])
+    with pytest.raises(IndexError, match=f"label {label} is out of range: expected 0 to 4, or -100"):
+        linear_cross_entropy(torch.randn(3, 8), torch.randn(5, 8), target)
+
+
+class DTensorLike(torch.Tensor):
+    device_mesh = None
+
+
+@pytest.mark.parametrize(
+    ("changed", "error", "message"),
+    [
+        ({"linear_weight": torch.empty(0)}, ValueError, r"linear_weight is empty, shape \(0,\): has ZeRO-3"),
+        ({"linear_weight": torch.ones(5, 8).as_subclass(DTensorLike)}, ValueError, "linear_weight is a DTensor"),
+        ({"linear_weight": torch.ones(5, 7)}, ValueError, r"linear_weight has shape \(5, 7\), expected \(V, 8\)"),
+        (
+            {"linear_weight": torch.ones(5, 8).double()},
+            TypeError,
+            "input is torch.float32 and linear_weight is torch.f",
+        ),
+        ({"linear_bias": torch.ones(5).half()}, TypeError, "input is torch.float32 and linear_bias is"),
+        ({"linear_bias": torch.ones(4)}, ValueError, r"linear_bias has shape \(4,\), expected \(5,\)"),
+        ({"linear_weight": torch.ones(5, 8, device="meta")}, ValueError, "linear_weight is on meta"),
+        ({"target": torch.zeros(3, dtype=torch.int64)}, ValueError, r"target has shape \(3,\), expected \(2,\)"),
+        ({"accum_dtype": torch.float16}, ValueError, "accum_dtype must be None, torch.float32"),
+        ({"reduction": "none", "denominator": 3}, ValueError, "reduction is 'none'"),
+    ],
+)
+def test_bad_input_is_named(changed, error, message):
+    arguments = {"linear_weight": torch.ones(5, 8), "target": torch.zeros(2, dtype=torch.int64)} | changed
+    with pytest.raises(error, match=message):
+        linear_cross_entropy(torch.ones(2, 8), **arguments)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_compiles_and_captures_also_with_ignored_rows(device, chunk_rows, reduction):
+    """Eager, compiled and replayed from a CUDA graph: the same numbers."""
+    torch._dynamo.reset()
+    chunk_rows(100)
+    compiled = torch.compile(linear_cross_entropy, fullgraph=True)
+    for rows in (256, 300):
+        tensors = some(rows, 32, 4096, device, torch.bfloat16, ignored=range(0, rows, 4))
+        upstream = torch.rand(rows if reduction == "none" else (), device=device)
+        eager = run(linear_cross_entropy, *tensors, upstream, reduction=reduction)
+        for a, b in zip(run(compiled, *tensors, upstream, reduction=reduction), eager, strict=True):
+            torch.testing.assert_close(a, b)
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        run(linear_cross_entropy, *tensors, upstream, reduction=reduction)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        captured = run(linear_cross_entropy, *tensors, upstream, reduction=reduction)
+    graph.replay()
+    torch.cuda.synchronize()
+    for a, b in zip(captured, eager, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_host_never_waits_for_the_gpu(device, chunk_rows, dtype):
+    chunk_rows(16)
+    tensors = some(40, 32, 500, device, dtype, ignored=[3])
+    cases = [{}, {"reduction": "none"}, {"reduction": "sum", "denominator": torch.tensor(5, device=device)}]
+    upstream = [torch.ones(40 if case.get("reduction") == "none" else (), device=device) for case in cases]
+    for attempt in range(2):
+        torch.cuda.set_sync_debug_mode("error" if attempt else "default")  # compile first
+        try:
+            for case, g in zip(cases, upstream, strict=True):
+                run(linear_cross_entropy, *tensors, g, **case)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+def test_chunk_past_two_to_the_31_elements(device, chunk_rows):
+    torch.use_deterministic_algorithms(False)  # poisoning gigabytes says nothing here
+    columns = 128256
+    rows = 2**31 // columns + 3
+    chunk_rows(rows)
+    x, weight, _, target = some(rows, 16, columns, device, torch.bfloat16)
+    _, whole, _ = run(linear_cross_entropy, x, weight, None, target, reduction="sum")
+    _, alone, _ = run(linear_cross_entropy, x[-3:], weight, None, target[-3:].clone(), reduction="sum")
+    torch.testing.assert_close(whole[-3:], alone)
+
+
+@pytest.mark.gpu
+def test_on_a_device_that_is_not_current():
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    tensors = some(4, 16, 300, torch.device("cuda:0"))
+    first = run(linear_cross_entropy, *tensors)
+    second = run(linear_cross_entropy, *(t.to("cuda:1") for t in tensors))
+    assert all(torch.equal(a, b.to("cuda:0")) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.gpu
+def test_peak_memory(device):
+    torch.use_deterministic_algorithms(False)
+    rows, width, columns = 4096, 512, 65536
+    x, weight, _, target = some(rows, width, columns, device, torch.bfloat16)
+    x.requires_grad_()
+    dw, logits = weight.numel() * 2, rows * columns * 2
+    chunk = max(stop - start for start, stop in module.chunks(rows, columns, 2, dw)) * columns * 2
+    assert chunk <= logits / 2
+
+    def peak():
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        linear_cross_entropy(x, weight, target).backward()
+        x.grad = weight.grad = None
+        return torch.cuda.max_memory_allocated() - before
+
+    peak()  # cuBLAS takes its workspace
+    slack = 32 * 2**20
+    frozen = peak()
+    assert frozen <= chunk + slack
+    weight.requires_grad_()
+    assert dw <= peak() <= chunk + dw + slack
