@@ -1,7 +1,11 @@
-"""Where a kernel runs: which tensors take the Triton kernels, and on which device they are launched.
+"""Where a kernel runs, and how it is started at little cost to the host.
 
 Every op asks `runs_kernels` and starts its kernels through `launch`. Triton is imported here and nowhere else, so that
 the ops import, and run their references, on a platform that has no Triton.
+
+A small batch is bound by the host. Triton works out at every launch which of its compiled variants fits the arguments;
+that costs as much as the launch itself. `launch` keeps the variant that Triton chose, under everything that its choice
+depends on, and starts it directly the next time.
 """
 
 from __future__ import annotations
@@ -33,6 +37,11 @@ enabled = True
 """Set to False to run the references on every device: for tests, and to find out whether a kernel is at fault."""
 
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_PLAIN = (Tensor, torch.nn.Parameter)
+_MOST_VARIANTS = 4096  # of strides that change with every batch, say: a new one is then found by Triton again
+
+_varying: dict[int, tuple[bool, ...]] = {}  # by id: a kernel's own hash is that of its source
+_variants: dict[tuple[Any, ...], Any] = {}
 
 
 def jit(*, varying: tuple[str, ...]) -> Callable[[Callable[..., None]], Any]:
@@ -41,25 +50,69 @@ def jit(*, varying: tuple[str, ...]) -> Callable[[Callable[..., None]], Any]:
     `varying` names the arguments that change from batch to batch (row counts, mostly): Triton must not compile a
     variant for values of them that are 1 or divisible by 16.
     """
-    if triton is None:
-        return lambda function: function
-    return triton.jit(do_not_specialize=varying)
+
+    def decorate(function: Callable[..., None]) -> Any:
+        if triton is None:
+            return function
+        kernel = triton.jit(do_not_specialize=varying)(function)
+        _varying[id(kernel)] = tuple(name in varying for name in kernel.arg_names)
+        return kernel
+
+    return decorate
 
 
 def runs_kernels(x: Tensor) -> bool:
-    """Whether `x` takes the Triton kernels: fp32, bf16 or fp16, on a GPU (or on the CPU in Triton's interpreter)."""
-    if triton is None or not enabled or x.dtype not in _KERNEL_DTYPES:
+    """Whether `x` takes the Triton kernels: fp32, bf16 or fp16, on a GPU (or on the CPU in Triton's interpreter).
+
+    A tensor subclass (DTensor, a quantised tensor) does not: its memory is not what its shape says. The references are
+    torch operations, which it knows.
+    """
+    if triton is None or not enabled or x.dtype not in _KERNEL_DTYPES or type(x) not in _PLAIN:
         return False
     return x.is_cuda or (INTERPRETED and x.device.type == "cpu")
 
 
-def launch(kernel: Any, grid: tuple[int, ...], x: Tensor, *args: Any, **options: Any) -> None:
-    """Start `kernel` on the device of `x`, whichever device is current, with `x` as its first argument."""
-    if x.is_cuda and x.device.index != torch.cuda.current_device():
-        with torch.cuda.device(x.device):
-            kernel[grid](x, *args, **options)
+def launch(kernel: Any, grid: tuple[int], x: Tensor, *args: Any, num_warps: int, **constexprs: Any) -> None:
+    """Start a `grid` of programs of `kernel` on the device of `x`, its first argument, whichever device is current.
+
+    `args` are the other arguments in order, and `constexprs` the compile-time ones, in the order of the signature.
+    """
+    if INTERPRETED or torch.compiler.is_compiling():
+        kernel[grid](x, *args, **constexprs, num_warps=num_warps)
+        return
+    device = x.device.index
+    if device != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            _launch_here(kernel, grid, device, num_warps, (x, *args), constexprs)
     else:
-        kernel[grid](x, *args, **options)
+        _launch_here(kernel, grid, device, num_warps, (x, *args), constexprs)
+
+
+def _launch_here(
+    kernel: Any, grid: tuple[int], device: int, num_warps: int, args: tuple[Any, ...], constexprs: dict[str, Any]
+) -> None:
+    values = tuple(constexprs.values())
+    key: list[Any] = [id(kernel), device, num_warps, values]
+    for arg, varies in zip(args, _varying[id(kernel)], strict=False):
+        if isinstance(arg, Tensor):
+            key += (arg.dtype, arg.data_ptr() % 16 == 0)
+        elif isinstance(arg, int):
+            key.append(arg >> 31 if varies else arg)  # what does not fit 32 bits is another type
+        else:
+            key.append(type(arg))
+    known = tuple(key)
+    variant = _variants.get(known)
+    if variant is not None:
+        variant[(*grid, 1, 1)](*args, *values)
+        return
+    variant = kernel[grid](*args, **constexprs, num_warps=num_warps)
+    in_order = kernel.arg_names[len(args) :] == list(constexprs)
+    if not in_order:
+        raise TypeError(f"{kernel.__name__}: constexprs {list(constexprs)}, expected {kernel.arg_names[len(args) :]}")
+    if hasattr(variant, "__getitem__"):  # a Triton whose launch returns nothing to start again is asked each time
+        if len(_variants) >= _MOST_VARIANTS:
+            _variants.clear()
+        _variants[known] = variant
 
 
 @functools.lru_cache

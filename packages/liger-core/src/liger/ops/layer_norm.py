@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from liger.ops.column_sums import column_sums
 from liger.ops.launch import jit, launch, next_power_of_2, runs_kernels, sm_count, tl
 
 _MAX_COLUMNS = 65536
@@ -130,9 +131,9 @@ def _launch_forward(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: 
 
 def _launch_backward(
     dy: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, rstd: Tensor,
-    needs_dx: bool, needs_dw: bool, needs_db: bool,
+    needs_dx: bool, needs_dw: bool, needs_db: bool, dtype: torch.dtype,
 ) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
-    """dx, and the fp32 gradients of weight and bias as the rows of one tensor, without those not needed."""
+    """dx, and the gradients of weight and bias as the rows of one tensor, without those not needed."""
     columns = x.shape[-1]
     rows = x.numel() // columns
     block_rows, block_columns, warps = _blocks(columns)
@@ -147,7 +148,7 @@ def _launch_backward(
             BLOCK_ROWS=block_rows, BLOCK_COLUMNS=block_columns,
             STAGES=min(max(_FETCHED // (2 * block_rows * block_columns * x.element_size()), 1), 3), num_warps=warps,
         )  # fmt: skip
-    return dx, None if partial is None else partial.sum(0)
+    return dx, None if partial is None else column_sums(partial.view(programs, -1), dtype).view(sums, columns)
 
 
 class _LayerNorm(torch.autograd.Function):
@@ -166,7 +167,10 @@ class _LayerNorm(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, mean, rstd = ctx.saved_tensors
         needs_dx, needs_dw, needs_db = ctx.needs_input_grad[:3]
-        dx, sums = _launch_backward(dy.contiguous(), x, weight, mean, rstd, needs_dx, needs_dw, needs_db)
+        dtypes = {weight.dtype} if needs_dw else set()
+        dtypes |= {ctx.bias_dtype} if needs_db else set()
+        dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
+        dx, sums = _launch_backward(dy.contiguous(), x, weight, mean, rstd, needs_dx, needs_dw, needs_db, dtype)
         dw = db = None
         if sums is not None:
             dw = sums[0].to(weight.dtype) if needs_dw else None

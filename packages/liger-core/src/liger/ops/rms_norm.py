@@ -12,8 +12,8 @@ All of it runs in fp32. `cast` says where the forward rounds:
     "llama"   x̂ is rounded to x's dtype, then multiplied by s: the result has the promoted dtype of x and weight
     "gemma"   s · x̂ is rounded once, to x's dtype
 
-`r` (fp32, one per row) and `x` are kept for backward. The weight's gradient is summed by a fixed number of programs,
-each over its own rows, and then over the programs: no atomics, so the same input gives the same bits.
+Only `x` and `weight` are kept for backward, which computes `r` again from the row that it reads anyway. The weight's
+gradient is summed by a fixed number of programs, each over its own rows, and then over the programs: see `column_sums`.
 """
 
 from __future__ import annotations
@@ -24,12 +24,13 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from liger.ops.column_sums import column_sums
 from liger.ops.launch import jit, launch, next_power_of_2, runs_kernels, sm_count, tl
 
 Cast = Literal["llama", "gemma"]
 
 _MAX_COLUMNS = 65536
-_TILE = 4096  # elements a program holds at once when rows are short
+_SHORT = 1024  # rows up to this many columns are taken several at a time
 
 
 def reference(
@@ -49,7 +50,7 @@ def reference(
 
 @jit(varying=("rows",))
 def _forward_kernel(
-    x, weight, y, rstd, rows, columns, eps, OFFSET: tl.constexpr, LLAMA: tl.constexpr, HAS_WEIGHT: tl.constexpr,
+    x, weight, y, rows, columns, eps, OFFSET: tl.constexpr, LLAMA: tl.constexpr, HAS_WEIGHT: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
@@ -60,7 +61,6 @@ def _forward_kernel(
     x_in = tl.load(x + at, mask=inside, other=0.0)
     x32 = x_in.to(tl.float32)
     r = tl.rsqrt((tl.sum(x32 * x32, axis=1) / columns + eps).to(tl.float32))  # inductor hands eps over in fp64
-    tl.store(rstd + row, r, mask=row < rows)
     out = x32 * r[:, None]
     if LLAMA:
         out = out.to(x_in.dtype).to(tl.float32)
@@ -72,8 +72,9 @@ def _forward_kernel(
 
 @jit(varying=("rows",))
 def _backward_kernel(
-    dy, x, weight, rstd, dx, dw, rows, columns, OFFSET: tl.constexpr, NEEDS_DX: tl.constexpr,
+    dy, x, weight, dx, dw, rows, columns, eps, OFFSET: tl.constexpr, NEEDS_DX: tl.constexpr,
     HAS_WEIGHT: tl.constexpr, NEEDS_DW: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK_COLUMNS)
@@ -81,13 +82,14 @@ def _backward_kernel(
         scale = tl.load(weight + column, mask=column < columns, other=0.0).to(tl.float32) + OFFSET
     dw_sum = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), dtype=tl.float32)
 
-    for first in range(program * BLOCK_ROWS, rows, tl.num_programs(0) * BLOCK_ROWS):
+    # The sum below fills the registers, so few programs fit: the next rows are fetched while one is worked on.
+    for first in tl.range(program * BLOCK_ROWS, rows, tl.num_programs(0) * BLOCK_ROWS, num_stages=STAGES):
         row = first + tl.arange(0, BLOCK_ROWS)
         at = row[:, None] * columns + column[None, :]
         inside = (row < rows)[:, None] & (column < columns)[None, :]
         g = tl.load(dy + at, mask=inside, other=0.0).to(tl.float32)
         x32 = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
-        r = tl.load(rstd + row, mask=row < rows, other=0.0)
+        r = tl.rsqrt((tl.sum(x32 * x32, axis=1) / columns + eps).to(tl.float32))
         x_hat = x32 * r[:, None]
         if NEEDS_DW:
             dw_sum += g * x_hat
@@ -102,63 +104,65 @@ def _backward_kernel(
         tl.store(dw + program * columns + column, tl.sum(dw_sum, axis=0), mask=column < columns)
 
 
-def _blocks(columns: int) -> tuple[int, int, int]:
-    """(rows, columns, warps) of one program's tile."""
+def _tile(columns: int, backward: bool) -> tuple[int, int, int]:
+    """(rows, columns, warps) of what a program works on at once."""
     block_columns = next_power_of_2(columns)
-    block_rows = max(1, _TILE // block_columns)
-    warps = min(max(block_rows * block_columns // 512, 4), 16)
-    return block_rows, block_columns, warps
+    if columns <= _SHORT:
+        return 2048 // block_columns, block_columns, 4
+    return (max(8192 // block_columns, 1) if backward else 1), block_columns, 8 if block_columns <= 16384 else 32
 
 
-def _launch_forward(x: Tensor, weight: Tensor | None, eps: float, offset: float, cast: Cast) -> tuple[Tensor, Tensor]:
+def _launch_forward(x: Tensor, weight: Tensor | None, eps: float, offset: float, cast: Cast) -> Tensor:
     columns = x.shape[-1]
     rows = x.numel() // columns
     dtype = x.dtype if weight is None or cast == "gemma" else torch.promote_types(x.dtype, weight.dtype)
     y = torch.empty_like(x, dtype=dtype)
-    rstd = torch.empty(rows, dtype=torch.float32, device=x.device)
-    block_rows, block_columns, warps = _blocks(columns)
+    block_rows, block_columns, warps = _tile(columns, backward=False)
     if rows:
         launch(
-            _forward_kernel, (-(-rows // block_rows),), x, weight, y, rstd, rows, columns, eps,
+            _forward_kernel, (-(-rows // block_rows),), x, weight, y, rows, columns, eps,
             OFFSET=offset, LLAMA=cast == "llama", HAS_WEIGHT=weight is not None,
             BLOCK_ROWS=block_rows, BLOCK_COLUMNS=block_columns, num_warps=warps,
         )  # fmt: skip
-    return y, rstd
+    return y
 
 
 def _launch_backward(
-    dy: Tensor, x: Tensor, weight: Tensor | None, rstd: Tensor, offset: float, needs_dx: bool, needs_dw: bool
+    dy: Tensor, x: Tensor, weight: Tensor | None, eps: float, offset: float, needs_dx: bool, needs_dw: bool
 ) -> tuple[Tensor | None, Tensor | None]:
     columns = x.shape[-1]
     rows = x.numel() // columns
-    block_rows, block_columns, warps = _blocks(columns)
-    programs = min(-(-rows // block_rows), 2 * sm_count(x)) if needs_dw else -(-rows // block_rows)
+    block_rows, block_columns, warps = _tile(columns, backward=True)
+    # Two tensors of three tiles each in shared memory, with one program (two for short rows) to a multiprocessor.
+    stages = 3 if 6 * block_rows * block_columns * x.element_size() <= 200 * 1024 else 1
+    programs = -(-rows // block_rows)
+    if needs_dw:
+        programs = min(programs, (2 if columns <= _SHORT else 1) * sm_count(x))
     dx = torch.empty_like(x) if needs_dx else None
     dw = torch.empty(programs, columns, dtype=torch.float32, device=x.device) if needs_dw else None
     if rows:
         launch(
-            _backward_kernel, (programs,), dy, x, weight, rstd, dx, dw, rows, columns,
+            _backward_kernel, (programs,), dy, x, weight, dx, dw, rows, columns, eps,
             OFFSET=offset, NEEDS_DX=needs_dx, HAS_WEIGHT=weight is not None, NEEDS_DW=needs_dw,
-            BLOCK_ROWS=block_rows, BLOCK_COLUMNS=block_columns, num_warps=warps,
+            BLOCK_ROWS=block_rows, BLOCK_COLUMNS=block_columns, STAGES=stages, num_warps=warps,
         )  # fmt: skip
-    return dx, None if dw is None or weight is None else dw.sum(0).to(weight.dtype)
+    return dx, None if dw is None or weight is None else column_sums(dw, weight.dtype)
 
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor | None, eps: float, offset: float, cast: Cast) -> Tensor:
         x, weight = x.contiguous(), None if weight is None else weight.contiguous()
-        y, rstd = _launch_forward(x, weight, eps, offset, cast)
-        ctx.save_for_backward(x, weight, rstd)
-        ctx.offset = offset
-        return y
+        ctx.save_for_backward(x, weight)
+        ctx.eps, ctx.offset = eps, offset
+        return _launch_forward(x, weight, eps, offset, cast)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, rstd = ctx.saved_tensors
+        x, weight = ctx.saved_tensors
         needs_dx, needs_dw = ctx.needs_input_grad[:2]
-        dx, dw = _launch_backward(dy.contiguous(), x, weight, rstd, ctx.offset, needs_dx, needs_dw)
+        dx, dw = _launch_backward(dy.contiguous(), x, weight, ctx.eps, ctx.offset, needs_dx, needs_dw)
         return dx, dw, None, None, None
 
 
