@@ -62,7 +62,7 @@ SMALL = Setting(
         "vocab_size": 8192, "hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 4,
         "num_attention_heads": 8, "num_key_value_heads": 4, "tie_word_embeddings": True,
     },
-    batch=8, sequence=256, steps=60, learning_rate=2e-3, dtype=torch.float32,
+    batch=8, sequence=256, steps=50, learning_rate=2e-3, dtype=torch.float32,
 )  # fmt: skip
 
 LLAMA_1B = Setting(
