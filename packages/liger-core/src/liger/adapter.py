@@ -15,26 +15,33 @@ from __future__ import annotations
 
 import importlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType, ModuleType
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from torch import Tensor
 
+from liger.subclass import Swappable
+
 if TYPE_CHECKING:
     from liger.causal_lm import CausalLM
 
-Kind = Literal["norm", "mlp", "rope", "loss"]
+Kind = Literal["norm", "mlp", "experts", "rope", "loss"]
 
 
 class Layer(ABC):
     """A replacement forward for modules of one shape. It owns no parameters: those stay in the module.
 
     A subclass is a frozen dataclass whose fields name what differs between models: attributes, constants.
+
+    Attributes:
+        kind: the switch of `liger.apply` that turns it on.
+        method: the module's method that it stands for.
     """
 
     kind: ClassVar[Kind]
+    method: ClassVar[str] = "forward"
 
     @abstractmethod
     def declines(self, module: Any) -> str | None:
@@ -42,7 +49,7 @@ class Layer(ABC):
 
     @abstractmethod
     def forward(self, module: Any, x: Tensor) -> Tensor:
-        """What `module` computes of `x`."""
+        """What that method of `module` computes of `x`."""
 
 
 @dataclass(frozen=True)
@@ -51,16 +58,17 @@ class Adapter:
 
     Attributes:
         modeling: the dotted path of the modeling module.
-        modules: class name in that module → the Layer that its instances run.
+        modules: class name in that module → the Layer that its instances run. A dotted name ("nn.LayerNorm") means a
+            class from elsewhere: its own instances, where their parent's class stands in that module.
         functions: name of a rotary function that forwards in that module call → the op that is called instead. The op
-            must take the same parameters, by name, order and default.
-        head: the language-model class and its head, or None where the family has none.
+            must take the same parameters, by name, order and default. A string in its place says why there is none.
+        head: the language-model class and its head, several of them, or None where the family has none.
     """
 
     modeling: str
     modules: Mapping[str, Layer] = field(default_factory=dict)
-    functions: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
-    head: CausalLM | None = None
+    functions: Mapping[str, Callable[..., Any] | str] = field(default_factory=dict)
+    head: CausalLM | tuple[CausalLM, ...] | None = None
 
     def __post_init__(self) -> None:
         parts = self.modeling.split(".")
@@ -77,6 +85,13 @@ class Adapter:
         """The transformers model package, which is also the entry point's name."""
         return self.modeling.split(".")[2]
 
+    @property
+    def heads(self) -> tuple[CausalLM, ...]:
+        """The language-model classes, however many."""
+        if self.head is None:
+            return ()
+        return self.head if isinstance(self.head, tuple) else (self.head,)
+
     def module(self) -> ModuleType:
         """The modeling module, imported.
 
@@ -84,8 +99,30 @@ class Adapter:
             AttributeError: a class or function that the adapter names does not stand in it.
         """
         module = importlib.import_module(self.modeling)
-        named = [*self.modules, *self.functions, *([self.head.model] if self.head else [])]
-        missing = [name for name in named if not hasattr(module, name)]
+        named = [*self.modules, *self.functions, *(head.model for head in self.heads)]
+        missing = [name for name in named if _get(module, name) is None]
         if missing:
             raise AttributeError(f"adapter {self.key} names {', '.join(missing)}, which {self.modeling} does not have")
         return module
+
+    def layers_of(self, cls: type, parent: type) -> Iterator[tuple[str, type, Layer]]:
+        """Each (name, class, Layer) that is meant by a module of class `cls` whose parent's class is `parent`."""
+        module, ours = self.module(), any(base.__module__ == self.modeling for base in parent.__mro__)
+        for name, layer in self.modules.items():
+            target = _get(module, name)
+            foreign = "." in name
+            if target in cls.__mro__ and (not foreign or (ours and _own_class(cls) is target)):
+                yield name, target, layer
+
+
+def _get(module: ModuleType, dotted: str) -> Any:
+    value: Any = module
+    for name in dotted.split("."):
+        value = getattr(value, name, None)
+    return value
+
+
+def _own_class(cls: type) -> type:
+    """The class that `cls` was before `liger.apply` or torch's FSDP derived another from it."""
+    derived = (issubclass(c, Swappable) or c.__module__.startswith("torch.distributed.") for c in cls.__mro__)
+    return next(c for c, is_derived in zip(cls.__mro__, derived, strict=True) if not is_derived)

@@ -10,6 +10,7 @@ from typing import Any, Literal
 from torch import nn
 
 from liger.adapter import Adapter
+from liger.layers import Stock
 from liger.patch import LINEAR, TRUE, Patch, apply_adapters
 
 
@@ -49,51 +50,45 @@ def apply_liger_kernel(adapter: Adapter, mlp: Literal["swiglu", "geglu"] = "swig
     """Make `apply_liger_kernel_to_<model>` for an adapter, with Liger-Kernel's parameters.
 
     The function takes a model, or none: then every model of that type that is built from then on is patched, until
-    `undo()`. Its switches mean what those of `liger.apply` mean, an explicit True included.
+    `undo()`. Its switches mean what those of `liger.apply` mean, an explicit True included: it has those that the
+    adapter has kernels for.
 
     Args:
         adapter: what to apply.
-        mlp: how the family calls its gated MLP's switch.
+        mlp: how the family calls the switch of its gated activations, in MLPs and in experts.
     """
+    kernels = {type(layer).__name__: layer.kind for layer in adapter.modules.values() if not isinstance(layer, Stock)}
+    gated = sorted({"mlp", "experts"} & set(kernels.values()))
+    norm = "layer_norm" if "LayerNorm" in kernels else "rms_norm"
+    names: dict[str, Any] = {"rope": TRUE, norm: TRUE, **({mlp: TRUE} if gated else {})}
+    names |= {"cross_entropy": False, "fused_linear_cross_entropy": TRUE}
 
-    def apply(
-        model: nn.Module | None = None,
-        *,
-        rope: bool = TRUE,
-        rms_norm: bool = TRUE,
-        cross_entropy: bool = False,
-        fused_linear_cross_entropy: bool = TRUE,
-        **gated: bool,
-    ) -> Patch:
-        if gated.keys() - {mlp}:
-            raise TypeError(f"unexpected switch {', '.join(gated.keys() - {mlp})}; the MLP's is called {mlp}")
-        if cross_entropy and fused_linear_cross_entropy:
-            if fused_linear_cross_entropy is not TRUE:
-                raise ValueError("cross_entropy and fused_linear_cross_entropy cannot both be True")
-            fused_linear_cross_entropy = False
-        linear = LINEAR if fused_linear_cross_entropy is TRUE else "linear"
-        switches: dict[str, Any] = {
-            "rope": rope,
-            "norm": rms_norm,
-            "mlp": gated.get(mlp, TRUE),
-            "loss": linear if fused_linear_cross_entropy else "full" if cross_entropy else None,
-        }
+    def apply(model: nn.Module | None = None, **named: bool) -> Patch:
+        if named.keys() - names.keys():
+            unknown = ", ".join(sorted(named.keys() - names.keys()))
+            raise TypeError(f"unexpected switch {unknown}; {adapter.key} has {', '.join(names)}")
+        on = {**names, **named}
+        switches: dict[str, Any] = {"rope": on["rope"], "norm": on[norm], "loss": _loss(on), "mlp": TRUE}
+        # One switch for two kinds: that each is applied somewhere cannot be asked, an MLP may be all experts.
+        switches |= {kind: TRUE if on[mlp] and len(gated) > 1 else on[mlp] for kind in gated}
         if model is not None:
             return apply_adapters(model, [adapter], **switches)
         patch = FuturePatch()
         modeling = adapter.module()
+        heads = {head.model for head in adapter.heads}
+        # A part of a model has no head to patch, and perhaps no norm: what is asked for is asked of the whole.
+        of_a_part = {**{kind: TRUE if switch else switch for kind, switch in switches.items()}, "loss": None}
         for name in modeling.__all__:
             cls = getattr(modeling, name)
             if issubclass(cls, nn.Module) and not name.endswith("PreTrainedModel"):
-                # LlamaModel has no head to patch: what is asked for by name is asked of the model that has one.
-                asked = switches if adapter.head and name == adapter.head.model else {**switches, "loss": None}
+                asked = switches if name in heads else of_a_part
                 patch.hook(cls, functools.partial(apply_adapters, adapters=[adapter], **asked))
         return patch
 
-    parameters = list(inspect.signature(apply).parameters.values())
-    gated_switch = inspect.Parameter(mlp, inspect.Parameter.KEYWORD_ONLY, default=TRUE, annotation=bool)
-    signature = inspect.Signature([*parameters[:3], gated_switch, *parameters[3:-1]], return_annotation=Patch)
-    apply.__signature__ = signature  # type: ignore[attr-defined]
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    switches = [inspect.Parameter(name, keyword, default=on, annotation=bool) for name, on in names.items()]
+    positional = next(iter(inspect.signature(apply).parameters.values()))
+    apply.__signature__ = inspect.Signature([positional, *switches], return_annotation=Patch)  # type: ignore[attr-defined]
     apply.__name__ = apply.__qualname__ = f"apply_liger_kernel_to_{adapter.key}"
     apply.__doc__ = (
         f"Put the kernels into a {adapter.key} model, or into every one that is built from now on.\n\n"
@@ -101,3 +96,13 @@ def apply_liger_kernel(adapter: Adapter, mlp: Literal["swiglu", "geglu"] = "swig
         "other.\n\nReturns the Patch, whose `undo()` takes them out again.\n"
     )
     return apply
+
+
+def _loss(on: dict[str, Any]) -> Any:
+    """What Liger-Kernel's two switches of the loss mean to `liger.apply`."""
+    linear = on["fused_linear_cross_entropy"]
+    if not on["cross_entropy"]:
+        return (LINEAR if linear is TRUE else "linear") if linear else None
+    if linear and linear is not TRUE:
+        raise ValueError("cross_entropy and fused_linear_cross_entropy cannot both be True")
+    return "full"

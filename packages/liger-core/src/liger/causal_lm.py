@@ -20,7 +20,8 @@ import functools
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from operator import attrgetter
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +32,8 @@ from liger.ops import cross_entropy, linear_cross_entropy
 
 _REQUEST = "_liger_loss_request"
 
+StockLoss = Literal["ForCausalLMLoss", "ForMaskedLMLoss"]
+
 
 @dataclass(frozen=True)
 class CausalLM:
@@ -38,24 +41,43 @@ class CausalLM:
 
     Attributes:
         model: the class's name.
-        head: its attribute that holds the head.
-        softcap: the config's attribute that holds the logits' softcap, if the model applies one.
+        head: its attribute that holds the head, dotted where it lies deeper.
+        softcap: the config's attribute, perhaps dotted, that holds the logits' softcap, if the model applies one; None
+            there means that it applies none.
+        loss: which of transformers' losses the model takes: ForCausalLMLoss compares each position with the label of
+            the next, ForMaskedLMLoss with its own.
     """
 
     model: str
     head: str = "lm_head"
     softcap: str | None = None
+    loss: StockLoss = "ForCausalLMLoss"
 
     def declines(self, model: nn.Module) -> str | None:
         """Why the loss of `model` must stay its own, or None."""
         loss_function = getattr(model, "loss_function", None)
-        if loss_function is not _causal_lm_loss():
-            return f"its loss function is {getattr(loss_function, '__qualname__', loss_function)}, not ForCausalLMLoss"
+        if loss_function is not _stock_loss(self.loss):
+            return f"its loss function is {getattr(loss_function, '__qualname__', loss_function)}, not {self.loss}"
+        try:
+            self.cap(model)
+        except AttributeError:
+            return f"its config has no {self.softcap}"
         return None
+
+    def find_head(self, model: nn.Module) -> Any:
+        """The head, or None where the model has none under that name."""
+        try:
+            return attrgetter(self.head)(model)
+        except AttributeError:
+            return None
+
+    def cap(self, model: Any) -> float | None:
+        """The softcap of the model's logits."""
+        return attrgetter(self.softcap)(model.config) if self.softcap else None
 
     def head_declines(self, model: Any) -> str | None:
         """Why the head must return its logits, or None. Asked when applied; `can_fuse` asks again at each call."""
-        head = getattr(model, self.head, None)
+        head = self.find_head(model)
         # fully_shard derives a class of its own from the module's: look behind it.
         known = [cls for cls in type(head).__mro__ if not cls.__module__.startswith("torch.distributed.")]
         if known[0] is not nn.Linear:
@@ -69,7 +91,7 @@ class CausalLM:
         stock = base.forward
         position = list(inspect.signature(stock).parameters).index("labels") - 1
         stock_loss = base.loss_function  # type: ignore[attr-defined]
-        known_loss, spec = _causal_lm_loss(), self
+        known_loss, spec = _stock_loss(self.loss), self
 
         @functools.wraps(stock)
         def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -79,9 +101,8 @@ class CausalLM:
             # A compiled graph cannot hold lazy logits, and an evaluation loop reads them: it gets the real ones.
             if torch.compiler.is_compiling() and not self.training:
                 return stock(self, *args, **kwargs)
-            head = getattr(self, spec.head)
-            cap = getattr(self.config, spec.softcap) if spec.softcap else None
-            request = _LossRequest(labels, cap, known_loss, kwargs)
+            head = spec.find_head(self)
+            request = _LossRequest(labels, spec, spec.cap(self), kwargs)
             setattr(self, _REQUEST, request)
             setattr(head, _REQUEST, request)
             try:
@@ -111,22 +132,21 @@ class CausalLM:
         return {"forward": forward}
 
 
-def _causal_lm_loss() -> Callable[..., Tensor]:
-    """The one loss function that this file knows; imported late, because liger itself needs no transformers."""
-    from transformers.loss.loss_utils import ForCausalLMLoss
+def _stock_loss(name: StockLoss) -> Callable[..., Tensor]:
+    """One of the loss functions that this file knows; imported late, because liger itself needs no transformers."""
+    from transformers.loss import loss_utils
 
-    return ForCausalLMLoss
+    return getattr(loss_utils, name)
 
 
 class _LossRequest:
     """What one forward of a model was asked for, and what its head made of it."""
 
-    def __init__(
-        self, labels: Tensor, softcap: float | None, known_loss: Callable[..., Tensor], kwargs: dict[str, Any]
-    ) -> None:
+    def __init__(self, labels: Tensor, spec: CausalLM, softcap: float | None, kwargs: dict[str, Any]) -> None:
         self.labels = labels
-        self.known_loss = known_loss
+        self.known_loss = _stock_loss(spec.loss)
         self.softcap = softcap
+        self.shifts = spec.loss == "ForCausalLMLoss"
         self.shift_labels: Tensor | None = kwargs.get("shift_labels")
         self.num_items_in_batch: Tensor | int | None = kwargs.get("num_items_in_batch")
         self.ignore_index: int = kwargs.get("ignore_index", -100)
@@ -137,7 +157,9 @@ class _LossRequest:
         self.shape = torch.Size()
 
     def target(self) -> Tensor:
-        """For each position the label of the next, flattened, as the model's own loss shifts them."""
+        """For each position its label or that of the next, flattened, as the model's own loss takes them."""
+        if not self.shifts:
+            return self.labels.reshape(-1)
         if self.shift_labels is not None:
             return self.shift_labels.reshape(-1)
         return F.pad(self.labels, (0, 1), value=self.ignore_index)[..., 1:].reshape(-1)
@@ -149,7 +171,9 @@ class _LossRequest:
 
     def _fits(self, rows: Tensor) -> bool:
         """Whether there is one label for every row, and one number to divide by."""
-        labels, items = self.labels if self.shift_labels is None else self.shift_labels, self.num_items_in_batch
+        labels, items = self.labels, self.num_items_in_batch
+        if self.shifts and self.shift_labels is not None:
+            labels = self.shift_labels
         scalar = items.dim() == 0 if isinstance(items, Tensor) else True
         return scalar and rows.shape[:-1].numel() == labels.numel()
 
@@ -208,7 +232,7 @@ class _LossRequest:
         shift_labels: Tensor | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        """Stands where `ForCausalLMLoss` stood, with its parameters."""
+        """Stands where the model's own loss stood, with the parameters of `ForCausalLMLoss`."""
         as_asked = (
             labels is self.labels
             and num_items_in_batch is self.num_items_in_batch

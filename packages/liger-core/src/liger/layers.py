@@ -12,14 +12,56 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from liger.adapter import Kind, Layer
-from liger.ops import geglu, rms_norm, swiglu
+from liger.ops import geglu, layer_norm, rms_norm, swiglu
 from liger.ops.rms_norm import Cast
 
-__all__ = ["GatedMLP", "RMSNorm"]
+__all__ = ["Experts", "FusedGatedMLP", "GatedMLP", "LayerNorm", "RMSNorm", "Stock"]
 
 
 @dataclass(frozen=True)
-class RMSNorm(Layer):
+class Stock(Layer):
+    """No kernel: the module's own code runs, and the report says why.
+
+    Attributes:
+        kind: what is not replaced.
+        reason: why not.
+    """
+
+    kind: Kind  # type: ignore[misc]
+    reason: str
+
+    def declines(self, module: Any) -> str | None:
+        """Always, with the reason."""
+        return self.reason
+
+    def forward(self, module: Any, x: Tensor) -> Tensor:
+        """Never called."""
+        raise NotImplementedError(self.reason)
+
+
+@dataclass(frozen=True)
+class _Norm(Layer):
+    """What the norms share: the attribute of the epsilon, and that they know every parameter of their module."""
+
+    eps: str = "eps"
+    kind: ClassVar[Kind] = "norm"
+    parameters: ClassVar[set[str]]
+
+    def declines(self, module: Any) -> str | None:
+        """Declines a norm without that epsilon, over several dimensions, or with other parameters."""
+        if not isinstance(getattr(module, self.eps, None), float):
+            return f"has no float attribute {self.eps!r}"
+        shape = getattr(module, "normalized_shape", None)
+        if shape is not None and len(shape) != 1:
+            return f"normalises over {len(shape)} dimensions"
+        unknown = {name for name, _ in module.named_parameters()} - self.parameters
+        if unknown:
+            return f"has parameters that {type(self).__name__} does not know: {', '.join(sorted(unknown))}"
+        return None
+
+
+@dataclass(frozen=True)
+class RMSNorm(_Norm):
     """A norm with a `weight`, or none, and an epsilon.
 
     Attributes:
@@ -28,22 +70,29 @@ class RMSNorm(Layer):
         cast: where the forward rounds: see `liger.ops.rms_norm`.
     """
 
-    eps: str
     offset: float = 0.0
     cast: Cast = "llama"
-    kind: ClassVar[Kind] = "norm"
-
-    def declines(self, module: Any) -> str | None:
-        """Declines a norm without that epsilon, or that holds anything but a weight."""
-        if not isinstance(getattr(module, self.eps, None), float):
-            return f"has no float attribute {self.eps!r}"
-        unknown = {name for name, _ in module.named_parameters()} - {"weight"}
-        return f"has parameters that RMSNorm does not know: {', '.join(sorted(unknown))}" if unknown else None
+    parameters: ClassVar[set[str]] = {"weight"}
 
     def forward(self, module: Any, x: Tensor) -> Tensor:
         """The normalised `x`, (..., N)."""
         weight = getattr(module, "weight", None)
         return rms_norm(x, weight, getattr(module, self.eps), offset=self.offset, cast=self.cast)
+
+
+@dataclass(frozen=True)
+class LayerNorm(_Norm):
+    """`torch.nn.LayerNorm` over one dimension, with weight and bias, one of them, or neither.
+
+    Attributes:
+        eps: the module's attribute that holds the epsilon.
+    """
+
+    parameters: ClassVar[set[str]] = {"weight", "bias"}
+
+    def forward(self, module: Any, input: Tensor) -> Tensor:
+        """The normalised `input`, (..., N)."""
+        return layer_norm(input, module.weight, module.bias, getattr(module, self.eps))
 
 
 @dataclass(frozen=True)
@@ -64,7 +113,40 @@ _GATES = {
 
 
 @dataclass(frozen=True)
-class GatedMLP(Layer):
+class _Gated(Layer):
+    """What the gated layers share: the activation that the config names, and the module that holds it."""
+
+    act: str
+    act_fn: str = "act_fn"
+
+    def _activation_declines(self, module: Any) -> str | None:
+        """Why the activation has no kernel, or is not the one that the config names."""
+        name = getattr(getattr(module, "config", None), self.act, None)
+        gate = _GATES.get(name) if isinstance(name, str) else None
+        if gate is None:
+            return f"{self.act}={name!r} has no kernel (known: {', '.join(_GATES)})"
+        # The module may hold another activation than its config says: ask it, at a few points.
+        act_fn = getattr(module, self.act_fn, None)
+        if act_fn is None:
+            return f"has no {self.act_fn}"
+        points = torch.linspace(-4, 4, 17, device="cpu")
+        with torch.no_grad():
+            same = torch.allclose(act_fn(points), gate.activation(points), rtol=0, atol=1e-6)
+        return None if same else f"its {self.act_fn} does not compute {name}"
+
+    def _children_decline(self, module: Any, expected: set[str]) -> str | None:
+        """Why the module's children are not the expected ones and perhaps the activation."""
+        children = {name for name, _ in module.named_children()}
+        if children - {self.act_fn} == expected:
+            return None
+        return f"holds {', '.join(sorted(children))}, not {', '.join(sorted(expected))}"
+
+    def _gate(self, module: Any, gate: Tensor, up: Tensor) -> Tensor:
+        return _GATES[getattr(module.config, self.act)].op(gate, up)
+
+
+@dataclass(frozen=True)
+class GatedMLP(_Gated):
     """`down(act(gate(x)) * up(x))`, with the activation and the product in one kernel.
 
     The three projections are called as modules, so whatever wraps them (LoRA, quantisation, FSDP) keeps working.
@@ -72,29 +154,77 @@ class GatedMLP(Layer):
     Attributes:
         act: the config's attribute that names the activation.
         act_fn: the module's attribute that holds it.
+        dropout: the module's child that is applied before `down`, if it has one.
     """
 
-    act: str
-    act_fn: str = "act_fn"
+    dropout: str | None = None
     kind: ClassVar[Kind] = "mlp"
 
     def declines(self, module: Any) -> str | None:
-        """Declines an activation that has no kernel, and an MLP that holds anything else than the four it knows."""
-        children = {name for name, _ in module.named_children()}
-        expected = {"gate_proj", "up_proj", "down_proj"}
-        if children - {self.act_fn} != expected:
-            return f"holds {', '.join(sorted(children))}, not {', '.join(sorted(expected))}"
-        name = getattr(module.config, self.act, None)
-        gate = _GATES.get(name) if isinstance(name, str) else None
-        if gate is None:
-            return f"{self.act}={name!r} has no kernel (known: {', '.join(_GATES)})"
-        # The module may hold another activation than its config says: ask it, at a few points.
-        points = torch.linspace(-4, 4, 17, device="cpu")
-        with torch.no_grad():
-            same = torch.allclose(getattr(module, self.act_fn)(points), gate.activation(points), rtol=0, atol=1e-6)
-        return None if same else f"its {self.act_fn} does not compute {name}"
+        """Declines an activation that has no kernel, and an MLP that holds anything else than what it knows."""
+        expected = {"gate_proj", "up_proj", "down_proj"} | ({self.dropout} if self.dropout else set())
+        return self._children_decline(module, expected) or self._activation_declines(module)
 
     def forward(self, module: Any, x: Tensor) -> Tensor:
         """`x` is (..., hidden size), and so is the result."""
-        gate = _GATES[getattr(module.config, self.act)].op
-        return module.down_proj(gate(module.gate_proj(x), module.up_proj(x)))
+        hidden = self._gate(module, module.gate_proj(x), module.up_proj(x))
+        return module.down_proj(getattr(module, self.dropout)(hidden) if self.dropout else hidden)
+
+
+@dataclass(frozen=True)
+class FusedGatedMLP(_Gated):
+    """`GatedMLP` whose `gate_up_proj` computes gate and up at once: its first half is the gate.
+
+    Attributes:
+        act: the config's attribute that names the activation.
+        act_fn: the module's attribute that holds it.
+    """
+
+    act_fn: str = "activation_fn"
+    kind: ClassVar[Kind] = "mlp"
+
+    def declines(self, module: Any) -> str | None:
+        """Declines an activation that has no kernel, and an MLP that holds anything else than the three it knows."""
+        return self._children_decline(module, {"gate_up_proj", "down_proj"}) or self._activation_declines(module)
+
+    def forward(self, module: Any, x: Tensor) -> Tensor:
+        """`x` is (..., hidden size), and so is the result."""
+        gate, up = module.gate_up_proj(x).chunk(2, dim=-1)
+        return module.down_proj(self._gate(module, gate, up))
+
+
+_GATED_DISPATCH = ("grouped_mm", "batched_mm", "deepgemm")
+
+
+@dataclass(frozen=True)
+class Experts(_Gated):
+    """The gated activation of a mixture of experts, between the two products of transformers' own dispatch.
+
+    It stands for `_apply_gate` of a class made by `transformers.integrations.moe.use_experts_implementation`: gate and
+    up are the halves of one tensor and are read where they lie. Router, routing weights and products are not touched.
+
+    Attributes:
+        act: the config's attribute that names the activation.
+        act_fn: the module's attribute that holds it.
+    """
+
+    kind: ClassVar[Kind] = "experts"
+    method: ClassVar[str] = "_apply_gate"
+
+    def declines(self, module: Any) -> str | None:
+        """Declines experts that do not gate as `use_experts_implementation` does, or whose dispatch does it inline."""
+        from transformers.integrations import moe
+
+        if getattr(type(module), self.method, None) is not moe._default_apply_gate:
+            return f"its {self.method} is not the one of transformers.integrations.moe"
+        if not module.has_gate or not module.is_concatenated:
+            return "its experts have no gate" if not module.has_gate else "its gate and up are interleaved"
+        dispatch = module.config._experts_implementation
+        if dispatch not in _GATED_DISPATCH:
+            return f"experts_implementation={dispatch!r} does not call {self.method} ({', '.join(_GATED_DISPATCH)} do)"
+        return self._activation_declines(module)
+
+    def forward(self, module: Any, gate_up_out: Tensor) -> Tensor:
+        """`gate_up_out` is (tokens, 2 · width), the result (tokens, width)."""
+        gate, up = gate_up_out.chunk(2, dim=-1)
+        return self._gate(module, gate, up)

@@ -1,12 +1,10 @@
 """`apply`, and the only place that changes a model: a module's class is swapped for a subclass of its own class.
 
-The subclass keeps name, module and signature and replaces `forward`, so that isinstance, state_dict, hooks, gradient
-checkpointing, FSDP and PEFT see what they saw before. Nothing outside the model changes.
+What that subclass is stands in `subclass`. Nothing outside the model changes.
 """
 
 from __future__ import annotations
 
-import functools
 import inspect
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -16,8 +14,9 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from torch import nn
 
-from liger.adapter import Adapter, Kind, Layer
+from liger.adapter import Adapter, Kind
 from liger.discover import adapters_for
+from liger.subclass import Swappable, function_class, head_class, layer_class, model_class
 
 if TYPE_CHECKING:
     from liger.causal_lm import CausalLM
@@ -83,10 +82,11 @@ class Patch:
 
     def __str__(self) -> str:
         lines = []
+        width = max((len(kind) for _, kind, *_ in (*self.swapped, *self.declined)), default=0)
         for (kind, cls, runs), count in Counter((s.kind, s.cls, s.runs) for s in self.swapped).items():
-            lines.append(f"  {kind:4}  {count} × {cls} → {runs}")
+            lines.append(f"  {kind:{width}}  {count} × {cls} → {runs}")
         for (kind, cls, reason), count in Counter((d.kind, d.cls, d.reason) for d in self.declined).items():
-            lines.append(f"  {kind:4}  {count} × {cls} declined: {reason}")
+            lines.append(f"  {kind:{width}}  {count} × {cls} declined: {reason}")
         if self.already:
             lines.append(f"  {len(self.already)} modules had been patched before and were left as they are")
         return "\n".join(["liger.Patch", *(lines or ["  nothing to swap"])])
@@ -108,7 +108,15 @@ LINEAR: Any = _DefaultLoss("linear")
 _FUSED = "linear_cross_entropy"
 
 
-def apply(model: nn.Module, *, rope: bool = TRUE, norm: bool = TRUE, mlp: bool = TRUE, loss: Loss = LINEAR) -> Patch:
+def apply(
+    model: nn.Module,
+    *,
+    rope: bool = TRUE,
+    norm: bool = TRUE,
+    mlp: bool = TRUE,
+    experts: bool = TRUE,
+    loss: Loss = LINEAR,
+) -> Patch:
     """Put the kernels into a Hugging Face model that is already built, found by the classes it is made of.
 
     A switch that is left out is applied wherever it can be, and what cannot be is reported. One that is passed must be
@@ -119,6 +127,7 @@ def apply(model: nn.Module, *, rope: bool = TRUE, norm: bool = TRUE, mlp: bool =
         rope: rotary position embeddings.
         norm: the norms.
         mlp: the gated activations of the MLPs.
+        experts: those of the mixtures of experts, inside transformers' own dispatch; router and auxiliary loss stay.
         loss: "linear", the head and its loss in one, without the whole logits; "full", the model's logits with a fused
             cross entropy; None, the model's own loss.
 
@@ -134,7 +143,7 @@ def apply(model: nn.Module, *, rope: bool = TRUE, norm: bool = TRUE, mlp: bool =
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"liger.apply: model must be a torch.nn.Module, not {type(model).__name__}")
-    return apply_adapters(model, adapters_for(model), rope=rope, norm=norm, mlp=mlp, loss=loss)
+    return apply_adapters(model, adapters_for(model), rope=rope, norm=norm, mlp=mlp, experts=experts, loss=loss)
 
 
 def apply_adapters(
@@ -144,56 +153,65 @@ def apply_adapters(
     rope: bool = TRUE,
     norm: bool = TRUE,
     mlp: bool = TRUE,
+    experts: bool = TRUE,
     loss: Loss = LINEAR,
 ) -> Patch:
     """`apply` with given adapters instead of the installed ones."""
     if loss not in ("linear", "full", None):
         raise ValueError(f"liger.apply: loss must be 'linear', 'full' or None, not {loss!r}")
-    switches: dict[Kind, Any] = {"rope": rope, "norm": norm, "mlp": mlp, "loss": loss}
+    switches: dict[Kind, Any] = {"rope": rope, "norm": norm, "mlp": mlp, "experts": experts, "loss": loss}
     patch = Patch()
     for adapter in adapters:
         for name, module in model.named_modules():
-            _plan(patch, adapter, name, module, switches)
+            parent = model.get_submodule(name.rpartition(".")[0])
+            _plan(patch, adapter, name, module, type(parent), switches)
     _require(patch, switches)
     for swap in patch._swaps:
         swap.module.__class__ = swap.after
     return patch
 
 
-def _plan(patch: Patch, adapter: Adapter, name: str, module: nn.Module, switches: Mapping[Kind, Any]) -> None:
+def _plan(
+    patch: Patch, adapter: Adapter, name: str, module: nn.Module, parent: type, switches: Mapping[Kind, Any]
+) -> None:
     """Add to `patch` what `adapter` would do to this one module."""
-    modeling = adapter.module()
-    classes: list[Any] = [c for c in type(module).__mro__ if c.__module__ == adapter.modeling]
-    for cls in classes:
-        if issubclass(cls, _Swappable):
-            continue
-        layer = adapter.modules.get(cls.__name__)
-        if layer is not None and switches[layer.kind]:
-            reason = _overridden(module, cls) or layer.declines(module)
-            _record(patch, name, module, layer.kind, cls, repr(layer), reason, _layer_class, layer)
-        used = [f for f in adapter.functions if f in _names_in(cls)] if switches["rope"] else []
-        if used:
-            ops = tuple((f, adapter.functions[f]) for f in used)
-            runs = ", ".join(op.__name__ for _, op in ops)
-            reason = _overridden(module, cls) or _wrapped(cls)
-            for f, op in ops:
-                reason = reason or _differs(getattr(modeling, f), op, adapter.modeling)
-            _record(patch, name, module, "rope", cls, runs, reason, _function_class, ops)
-        if adapter.head is not None and cls.__name__ == adapter.head.model and switches["loss"]:
-            _plan_loss(patch, adapter.head, name, module, cls, switches["loss"])
+    for target, cls, layer in adapter.layers_of(type(module), parent):
+        if switches[layer.kind]:
+            reason = _overridden(module, cls, layer.method) or layer.declines(module)
+            _record(patch, name, module, layer.kind, target, repr(layer), reason, layer_class, layer)
+    ours: list[Any] = [c for c in type(module).__mro__ if c.__module__ == adapter.modeling]
+    for cls in (c for c in ours if not issubclass(c, Swappable)):
+        if switches["rope"]:
+            _plan_rope(patch, adapter, name, module, cls)
+        for spec in adapter.heads:
+            if cls.__name__ == spec.model and switches["loss"]:
+                _plan_loss(patch, spec, name, module, cls, switches["loss"])
+
+
+def _plan_rope(patch: Patch, adapter: Adapter, name: str, module: nn.Module, cls: type[nn.Module]) -> None:
+    named = _names_in(cls)
+    used = {function: op for function, op in adapter.functions.items() if function in named}
+    if not used:
+        return
+    ops = tuple((function, op) for function, op in used.items() if not isinstance(op, str))
+    reason = _overridden(module, cls, "forward") or _wrapped(cls)
+    for function, op in used.items():
+        reason = reason or _differs(getattr(adapter.module(), function), op, adapter.modeling)
+    runs = ", ".join(op.__name__ for _, op in ops)
+    _record(patch, name, module, "rope", cls.__name__, runs, reason, function_class, ops)
 
 
 def _plan_loss(patch: Patch, spec: CausalLM, name: str, model: nn.Module, cls: type[nn.Module], loss: Any) -> None:
-    declined = _overridden(model, cls) or spec.declines(model)
-    head = getattr(model, spec.head, None)
+    declined = _overridden(model, cls, "forward") or spec.declines(model)
+    head = spec.find_head(model)
     head_name = f"{name}.{spec.head}".lstrip(".")
     runs = "cross_entropy of the logits"
     if loss == "linear" and declined is None and head is not None:
         reason = spec.head_declines(model)
         if reason is None:
             runs = "the loss of its head"
-        _record(patch, head_name, head, "loss", type(head), _FUSED, reason, _head_class, spec)
-    _record(patch, name, model, "loss", cls, runs, declined, _model_class, spec)
+        _record(patch, head_name, head, "loss", type(head).__name__, _FUSED, reason, head_class, spec)
+    _record(patch, name, model, "loss", cls.__name__, runs, declined, model_class, spec)
 
 
 def _record(
@@ -201,19 +219,19 @@ def _record(
     name: str,
     module: nn.Module,
     kind: Kind,
-    cls: type[nn.Module],
+    cls: str,
     runs: str,
     reason: str | None,
     subclass: Callable[..., type[nn.Module]],
     recipe: Any,
 ) -> None:
     """Note that the module is swapped for `subclass(its class, recipe)`, or why not."""
-    if isinstance(module, _Swappable):
+    if isinstance(module, Swappable):
         patch.already.append(name)
     elif reason is not None:
-        patch.declined.append(Declined(name, kind, cls.__name__, reason))
+        patch.declined.append(Declined(name, kind, cls, reason))
     else:
-        patch.swapped.append(Swapped(name, kind, cls.__name__, runs))
+        patch.swapped.append(Swapped(name, kind, cls, runs))
         patch._swaps.append(_Swap(module, type(module), subclass(type(module), recipe)))
 
 
@@ -233,13 +251,13 @@ def _require(patch: Patch, switches: Mapping[Kind, Any]) -> None:
             )
 
 
-def _overridden(module: nn.Module, cls: type[nn.Module]) -> str | None:
-    """Why the forward that `module` runs is not the one that `cls` was known by."""
-    if "forward" in vars(module):
-        return "its forward was replaced on the instance"
-    definer = next(c for c in type(module).__mro__ if "forward" in vars(c))
-    if definer is not cls and issubclass(definer, cls) and not issubclass(definer, _Swappable):
-        return f"{definer.__module__}.{definer.__qualname__} overrides its forward"
+def _overridden(module: nn.Module, cls: type[nn.Module], method: str) -> str | None:
+    """Why the `method` that `module` runs is not the one that `cls` was known by."""
+    if method in vars(module):
+        return f"its {method} was replaced on the instance"
+    definer = next((c for c in type(module).__mro__ if method in vars(c)), cls)
+    if definer is not cls and issubclass(definer, cls) and not issubclass(definer, Swappable):
+        return f"{definer.__module__}.{definer.__qualname__} overrides its {method}"
     return None
 
 
@@ -255,63 +273,11 @@ def _wrapped(cls: type[nn.Module]) -> str | None:
     return None if inspect.unwrap(forward) is forward else f"{cls.__name__}.forward is wrapped by a decorator"
 
 
-def _differs(function: Any, op: Callable[..., Any], modeling: str) -> str | None:
+def _differs(function: Any, op: Callable[..., Any] | str, modeling: str) -> str | None:
     """Why `op` may not stand for `function`, or None."""
+    if isinstance(op, str):
+        return f"{function.__name__} {op}"
     if not isinstance(function, FunctionType) or function.__module__ != modeling:
         return f"{modeling} holds {function!r} in its own function's place"
     theirs, ours = ([(p.name, p.default) for p in inspect.signature(f).parameters.values()] for f in (function, op))
     return None if theirs == ours else f"{function.__name__} takes {theirs}, {op.__name__} takes {ours}"
-
-
-class _Swappable:
-    """Marks the classes that `apply` swaps in; copies and pickles their instances as what they are."""
-
-    _recipe: tuple[Callable[..., type[nn.Module]], type[nn.Module], Any]
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        reduced: Any = super().__reduce_ex__(protocol)
-        return (_new_instance, self._recipe, *reduced[2:])
-
-
-def _new_instance(subclass: Callable[..., type[nn.Module]], base: type[nn.Module], recipe: Any) -> nn.Module:
-    cls = subclass(base, recipe)
-    return cls.__new__(cls)
-
-
-def _subclass(base: type[nn.Module], members: dict[str, Any], recipe: Any) -> type[nn.Module]:
-    """A subclass of `base` that answers to its name; `recipe` makes an instance of it in another process."""
-    identity = {name: getattr(base, name) for name in ("__module__", "__qualname__", "__doc__")}
-    return type(base.__name__, (_Swappable, base), {**identity, **members, "_recipe": recipe})
-
-
-@functools.cache
-def _layer_class(base: Any, layer: Layer) -> type[nn.Module]:
-    compute = layer.forward
-
-    @functools.wraps(base.forward)
-    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return compute(self, *args, *kwargs.values())
-
-    return _subclass(base, {"forward": forward}, (_layer_class, base, layer))
-
-
-@functools.cache
-def _function_class(base: Any, ops: tuple[tuple[str, Callable[..., Any]], ...]) -> type[nn.Module]:
-    stock: Any = base.forward
-    # The same code over a copy of its module's globals in which only the named functions differ.
-    forward = FunctionType(
-        stock.__code__, {**stock.__globals__, **dict(ops)}, stock.__name__, stock.__defaults__, stock.__closure__
-    )
-    forward.__kwdefaults__ = stock.__kwdefaults__
-    functools.update_wrapper(forward, stock)
-    return _subclass(base, {"forward": forward}, (_function_class, base, ops))
-
-
-@functools.cache
-def _model_class(base: Any, spec: CausalLM) -> type[nn.Module]:
-    return _subclass(base, spec.model_members(base), (_model_class, base, spec))
-
-
-@functools.cache
-def _head_class(base: Any, spec: CausalLM) -> type[nn.Module]:
-    return _subclass(base, spec.head_members(base), (_head_class, base, spec))

@@ -7,7 +7,7 @@ import importlib
 import pytest
 import torch
 
-from liger.ops import rotary
+from liger.ops import rotary, rotary_one
 from liger.testing import assert_as_exact_as
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -192,3 +192,20 @@ Q, K, COS = torch.ones(2, 4, 3, 8), torch.ones(2, 1, 3, 8), torch.ones(1, 3, 8)
 def test_bad_input_is_named(change, error, message):
     with pytest.raises(error, match=message):
         rotary(**({"q": Q, "k": K, "cos": COS, "sin": COS} | change))
+
+
+@pytest.mark.parametrize("unsqueeze_dim", [1, 2])
+@pytest.mark.parametrize("width", [16, 12])
+def test_one_tensor_alone_is_rotated_as_it_is_beside_another(device, path, unsqueeze_dim, width):
+    q = torch.randn(2, 3, 5, 16, device=device).transpose(1, 3 - unsqueeze_dim).requires_grad_()
+    cos, sin = angles(2, q.shape[3 - unsqueeze_dim], width, torch.float32, device)
+    (both, _), alone = rotary(q, q.detach(), cos, sin, unsqueeze_dim), rotary_one(q, cos, sin, unsqueeze_dim)
+    assert torch.equal(alone, both)
+    assert alone.stride() == both.stride()
+    upstream = torch.randn_like(both)
+    assert torch.equal(*(torch.autograd.grad(y, q, upstream)[0] for y in (alone, both)))
+
+
+def test_one_tensor_alone_says_what_it_was_given(device):
+    with pytest.raises(ValueError, match="expected 4 dimensions"):
+        rotary_one(Q[0], COS, COS)

@@ -5,7 +5,7 @@ from liger.ops.geglu import geglu
 from liger.ops.layer_norm import layer_norm
 from liger.ops.linear_cross_entropy import linear_cross_entropy
 from liger.ops.rms_norm import rms_norm
-from liger.ops.rotary import rotary
+from liger.ops.rotary import rotary, rotary_one
 from liger.ops.swiglu import swiglu
 
-__all__ = ["cross_entropy", "geglu", "layer_norm", "linear_cross_entropy", "rms_norm", "rotary", "swiglu"]
+__all__ = ["cross_entropy", "geglu", "layer_norm", "linear_cross_entropy", "rms_norm", "rotary", "rotary_one", "swiglu"]

@@ -1,4 +1,6 @@
-r"""Rotary position embedding (Su et al., 2021, https://arxiv.org/abs/2104.09864), rotate-half convention, of q and k.
+r"""Rotary position embedding (Su et al., 2021, https://arxiv.org/abs/2104.09864), rotate-half convention.
+
+Of q and k at once (`rotary`), or of one of them (`rotary_one`).
 
 cos and sin have R ≤ D columns; with h = R/2, for each head of each token and i < h:
 
@@ -28,18 +30,17 @@ _TILE = 4096  # elements of each half that a program rotates at once; more heads
 
 def reference(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> tuple[Tensor, Tensor]:
     """`rotary` in plain torch: the specification, and what devices without Triton run."""
-    dtype = torch.promote_types(q.dtype, cos.dtype)
+    return _rotated(q, cos, sin, unsqueeze_dim), _rotated(k, cos, sin, unsqueeze_dim)
+
+
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int) -> Tensor:
+    dtype = torch.promote_types(x.dtype, cos.dtype)
     compute = torch.promote_types(dtype, torch.float32)
     cos, sin = cos.to(compute).unsqueeze(unsqueeze_dim), sin.to(compute).unsqueeze(unsqueeze_dim)
-    rotated = cos.shape[-1]
-
-    def rotate(x: Tensor) -> Tensor:
-        x, rest = x[..., :rotated].to(compute), x[..., rotated:]
-        low, high = x.chunk(2, dim=-1)
-        y = (x * cos + torch.cat((-high, low), dim=-1) * sin).to(dtype)
-        return torch.cat((y, rest.to(dtype)), dim=-1) if rest.shape[-1] else y
-
-    return rotate(q), rotate(k)
+    x, rest = x[..., : cos.shape[-1]].to(compute), x[..., cos.shape[-1] :]
+    low, high = x.chunk(2, dim=-1)
+    y = (x * cos + torch.cat((-high, low), dim=-1) * sin).to(dtype)
+    return torch.cat((y, rest.to(dtype)), dim=-1) if rest.shape[-1] else y
 
 
 @jit(varying=())
@@ -232,3 +233,48 @@ def _check(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, head_dim: int) -> Non
         raise ValueError(f"rotary: cos has {cos_shape[2]} columns, expected an even number up to q's {q_shape[3]}")
     if sin.shape != cos_shape:
         raise ValueError(f"rotary: sin has shape {tuple(sin.shape)}, expected cos's {tuple(cos_shape)}")
+
+
+class _RotaryOne(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, head_dim: int) -> Tensor:
+        x = _with_contiguous_columns(x)
+        if cos.stride(-1) != 1 or cos.stride() != sin.stride():
+            cos, sin = cos.contiguous(), sin.contiguous()
+        token_major = _is_token_major(x, head_dim)
+        y = _empty(x, torch.promote_types(x.dtype, cos.dtype), head_dim, token_major)
+        _launch([(x, y)], cos, sin, head_dim, transposed=False)
+        ctx.save_for_backward(cos, sin)
+        ctx.dtype, ctx.head_dim, ctx.token_major = x.dtype, head_dim, token_major
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+        dout = _with_contiguous_columns(dout)
+        dx = _empty(dout, ctx.dtype, ctx.head_dim, ctx.token_major)
+        cos, sin = ctx.saved_tensors
+        _launch([(dout, dx)], cos, sin, ctx.head_dim, transposed=True)
+        return dx, None, None, None
+
+
+def rotary_one(x: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> Tensor:
+    """`rotary` of one tensor, q or k alone.
+
+    Args:
+        x: (B, H, S, D), or (B, S, H, D) with `unsqueeze_dim=2`; fp32, bf16, fp16 or fp64, any strides.
+        cos: (B, S, R) or (1, S, R) with R even and at most D; any floating-point dtype, on x's device.
+        sin: cos's shape and dtype.
+        unsqueeze_dim: the dimension of the heads.
+
+    Returns:
+        x rotated, in the promoted dtype of x and cos, a new tensor with the memory layout of x.
+
+    Raises:
+        ValueError, TypeError: as `rotary`, which calls x q.
+    """
+    _check(x, x, cos, sin, unsqueeze_dim)
+    trains_angles = torch.is_grad_enabled() and (cos.requires_grad or sin.requires_grad)
+    if runs_kernels(x) and runs_kernels(cos) and not trains_angles:
+        return _RotaryOne.apply(x, cos, sin, unsqueeze_dim)
+    return _rotated(x, cos, sin, unsqueeze_dim)

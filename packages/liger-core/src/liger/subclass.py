@@ -1,0 +1,75 @@
+"""The classes that `liger.apply` swaps in: each a subclass of a module's own class that answers to its name.
+
+It keeps name, module and signature and replaces one method, so that isinstance, state_dict, hooks, gradient
+checkpointing, FSDP and PEFT see what they saw before.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from types import FunctionType
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+if TYPE_CHECKING:
+    from liger.adapter import Layer
+    from liger.causal_lm import CausalLM
+
+
+class Swappable:
+    """Marks the classes that `apply` swaps in; copies and pickles their instances as what they are."""
+
+    _recipe: tuple[Callable[..., type[nn.Module]], type[nn.Module], Any]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        reduced: Any = super().__reduce_ex__(protocol)
+        return (_new_instance, self._recipe, *reduced[2:])
+
+
+def _new_instance(subclass: Callable[..., type[nn.Module]], base: type[nn.Module], recipe: Any) -> nn.Module:
+    cls = subclass(base, recipe)
+    return cls.__new__(cls)
+
+
+def _subclass(base: type[nn.Module], members: dict[str, Any], recipe: Any) -> type[nn.Module]:
+    """A subclass of `base` that answers to its name; `recipe` makes an instance of it in another process."""
+    identity = {name: getattr(base, name) for name in ("__module__", "__qualname__", "__doc__")}
+    return type(base.__name__, (Swappable, base), {**identity, **members, "_recipe": recipe})
+
+
+@functools.cache
+def layer_class(base: Any, layer: Layer) -> type[nn.Module]:
+    """`base`, one of whose methods is the layer's."""
+    compute = layer.forward
+
+    @functools.wraps(getattr(base, layer.method))
+    def method(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return compute(self, *args, *kwargs.values())
+
+    return _subclass(base, {layer.method: method}, (layer_class, base, layer))
+
+
+@functools.cache
+def function_class(base: Any, ops: tuple[tuple[str, Callable[..., Any]], ...]) -> type[nn.Module]:
+    """`base`, whose forward is the same code over a copy of its module's globals in which only `ops` differ."""
+    stock: Any = base.forward
+    forward = FunctionType(
+        stock.__code__, {**stock.__globals__, **dict(ops)}, stock.__name__, stock.__defaults__, stock.__closure__
+    )
+    forward.__kwdefaults__ = stock.__kwdefaults__
+    functools.update_wrapper(forward, stock)
+    return _subclass(base, {"forward": forward}, (function_class, base, ops))
+
+
+@functools.cache
+def model_class(base: Any, spec: CausalLM) -> type[nn.Module]:
+    """`base`, whose forward has its head compute the loss."""
+    return _subclass(base, spec.model_members(base), (model_class, base, spec))
+
+
+@functools.cache
+def head_class(base: Any, spec: CausalLM) -> type[nn.Module]:
+    """`base`, which computes a loss where its model asks for one."""
+    return _subclass(base, spec.head_members(base), (head_class, base, spec))
