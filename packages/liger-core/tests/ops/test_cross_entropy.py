@@ -188,9 +188,20 @@ def test_padding_stays_out_of_the_sum_after_a_softcap(device, path, softcap, col
     check(logits, torch.tensor([7], device=device), softcap=softcap)
 
 
-def test_softcap_keeps_the_digits_of_small_logits(device, path):
-    logits, target = some(4, 300, device)
-    check(logits * 1e-2, target, softcap=30.0)
+def test_softcap_keeps_the_digits_of_logits_far_below_it(device, path):
+    """tanh from exp alone is off by a rounding of 1, whatever the argument: times the softcap, that shows."""
+    logits, target = some(20, 3, device)
+    check(logits, target, softcap=1000.0)
+
+
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+def test_digits_near_certainty(device, path, reduction):
+    """z_label − lse would be off by a rounding of lse, which is 40 here, where the loss and 1 − p are 1e-3."""
+    logits = torch.zeros(30, 50, device=device)
+    logits[:, 0] = torch.linspace(40, 50, 30)
+    logits[:, 1] = logits[:, 0] - torch.linspace(5, 8, 30, device=device)
+    target = torch.zeros(30, dtype=torch.int64, device=device)
+    check(logits, target, torch.ones(30 if reduction == "none" else (), device=device), reduction=reduction)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -8,7 +8,7 @@ atomics, so the same input gives the same bits.
 
 The gradient is computed in forward, already divided, by the kernel that has just read the row. Backward has only the
 upstream scalar left to multiply, which is mostly exactly 1. A second backward through the same graph computes the
-gradient again from the logits. `reduction="none"` has an upstream gradient per row: forward keeps one number per row,
+gradient again from the logits. `reduction="none"` has an upstream gradient per row: forward keeps two numbers per row,
 and backward does the gradient.
 """
 
@@ -61,7 +61,8 @@ def divisor(
 def _run_forward(
     logits: Tensor, target: Tensor, denominator: Tensor | None, options: Options, with_gradient: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    loss, lse = (torch.empty(logits.shape[0], dtype=torch.float32, device=logits.device) for _ in range(2))
+    loss = torch.empty(logits.shape[0], dtype=torch.float32, device=logits.device)
+    lse = torch.empty(logits.shape[0], 2, dtype=torch.float32, device=logits.device)
     gradient = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device) if with_gradient else None
     early, _ = early_and_late(denominator, logits.dtype)
     fill_rows(logits, target, options, loss, lse, gradient, denominator=early)

@@ -7,7 +7,7 @@ The rows are taken in chunks: one chunk of logits is computed into a buffer, tur
 formulas and the kernel are those of `loss_rows`), and used up in dx, dW and db before the next one. So the gradients
 are there when forward ends, and backward has only the upstream scalar left to multiply, in the gradients' own memory. A
 second backward through the same graph computes them again. `reduction="none"` has an upstream gradient per row: forward
-keeps one number per row, and backward goes through the chunks again.
+keeps two numbers per row, and backward goes through the chunks again.
 
 The products are matmuls of the inputs' dtype, which sum in fp32. Losses, softmax and db run in fp32 (fp64 inputs:
 all in fp64). dW is summed over the chunks in the weight's dtype, rounded once a chunk, or in `accum_dtype`; for fp16
@@ -30,18 +30,23 @@ from liger.ops.loss_rows import Options, early_and_late, fill_rows, scaled
 CHUNK_BYTES = 256 * 2**20
 """How much memory one chunk of logits may take: 1024 rows of 128256 in bf16."""
 
+CPU_CHUNK_BYTES = 8 * 2**20
+"""The same on a CPU, where the reference makes several tensors of a chunk's size."""
+
 _TILE = 128  # rows that the matmuls work on at once
 _ROWS_PER_UPDATE = 1024  # rows whose product with x takes longer than reading and writing dW
 _UPDATES = 8  # rounding dW this often leaves its error within the error rule
 
 
-def chunks(rows: int, columns: int, itemsize: int, weight_gradient_bytes: int = 0) -> list[tuple[int, int]]:
+def chunks(
+    rows: int, columns: int, itemsize: int, weight_gradient_bytes: int = 0, chunk_bytes: int | None = None
+) -> list[tuple[int, int]]:
     """(start, stop) of every chunk of rows, all of a size within one tile of 128 rows.
 
-    A chunk takes at most CHUNK_BYTES. Where dW is computed, every chunk reads, adds to and rounds all of dW: there it
-    may take as much memory as dW does, if it needs that for 1024 rows, or for 8 chunks in all.
+    A chunk takes at most `chunk_bytes` (CHUNK_BYTES). Where dW is computed, every chunk reads, adds to and rounds all
+    of dW: there it may take as much memory as dW does, if it needs that for 1024 rows, or for 8 chunks in all.
     """
-    most = CHUNK_BYTES // (columns * itemsize)
+    most = (chunk_bytes or CHUNK_BYTES) // (columns * itemsize)
     if weight_gradient_bytes:
         wanted = max(_ROWS_PER_UPDATE, -(-rows // _UPDATES))
         most = max(most, min(wanted, weight_gradient_bytes // (columns * itemsize)))
@@ -74,7 +79,7 @@ def _outputs(
     rows = input.shape[0] if lse is None else 0
     return (
         input.new_empty(rows, dtype=wide),
-        input.new_empty(rows, dtype=wide),
+        input.new_empty(rows, 2, dtype=wide),
         input.new_empty(input.shape if needs_input else (0,)),
         input.new_empty(weight.shape if needs_weight else (0,), dtype=accum_dtype),
         input.new_empty(weight.shape[0] if needs_bias else 0, dtype=wide),
@@ -99,35 +104,35 @@ def _run(
     if not rows:
         dw.zero_()
         db.zero_()
-    parts = chunks(rows, columns, compute_dtype.itemsize, dw.numel() * dw.element_size())
+    budget = min(CPU_CHUNK_BYTES, CHUNK_BYTES) if input.device.type == "cpu" else None
+    parts = chunks(rows, columns, compute_dtype.itemsize, dw.numel() * dw.element_size(), budget)
     buffer = input.new_empty((max((stop - start for start, stop in parts), default=0), columns), dtype=compute_dtype)
 
-    with torch.autocast(input.device.type, enabled=False):
-        w = weight.to(compute_dtype)
-        b = None if bias is None else bias.to(compute_dtype)
-        for start, stop in parts:
-            x = input[start:stop].to(compute_dtype)
-            logits = buffer[: stop - start]
-            if b is None:
-                torch.mm(x, w.t(), out=logits)
-            else:
-                torch.addmm(b, x, w.t(), out=logits)
-            fill_rows(
-                logits, target[start:stop], options, loss[start:stop] if lse is None else None,
-                (log_sum if lse is None else lse)[start:stop], logits if any(needs) else None,
-                upstream=upstream[start:stop] if upstream is not None and upstream.dim() else upstream,
-                denominator=denominator,
-            )  # fmt: skip
-            if needs_input and dx.dtype == compute_dtype:
-                torch.mm(logits, w, out=dx[start:stop])
-            elif needs_input:
-                dx[start:stop] = logits @ w
-            if needs_weight:
-                _add_product(dw, logits.t(), x, first=start == 0)
-            if needs_bias and start == 0:
-                torch.sum(logits, 0, dtype=db.dtype, out=db)
-            elif needs_bias:
-                db += logits.sum(0, dtype=db.dtype)
+    w = weight.to(compute_dtype)
+    b = None if bias is None else bias.to(compute_dtype)
+    for start, stop in parts:
+        x = input[start:stop].to(compute_dtype)
+        logits = buffer[: stop - start]
+        if b is None:
+            torch.mm(x, w.t(), out=logits)
+        else:
+            torch.addmm(b, x, w.t(), out=logits)
+        fill_rows(
+            logits, target[start:stop], options, loss[start:stop] if lse is None else None,
+            (log_sum if lse is None else lse)[start:stop], logits if any(needs) else None,
+            upstream=upstream[start:stop] if upstream is not None and upstream.dim() else upstream,
+            denominator=denominator,
+        )  # fmt: skip
+        if needs_input and dx.dtype == compute_dtype:
+            torch.mm(logits, w, out=dx[start:stop])
+        elif needs_input:
+            dx[start:stop] = logits @ w
+        if needs_weight:
+            _add_product(dw, logits.t(), x, first=start == 0)
+        if needs_bias and start == 0:
+            torch.sum(logits, 0, dtype=db.dtype, out=db)
+        elif needs_bias:
+            db += logits.sum(0, dtype=db.dtype)
     return loss, log_sum, dx, dw, db
 
 

@@ -11,6 +11,9 @@ For one row x of V logits with label t, s = softcap and ε = label_smoothing:
 The smoothing is torch's; the softcap is Gemma 2's (https://arxiv.org/abs/2408.00118); the z-loss is PaLM's
 (https://arxiv.org/abs/2204.02311). All of it runs in fp32 (the reference on fp64: in fp64), and dx is rounded once.
 
+lse is kept as two numbers, the row's maximum m and log Σ_j exp(z_j − m): near certainty, z_t − lse and so dz_t have
+digits that the sum of the two would have lost.
+
 One kernel reads each row twice: for lse, then, while the row is still in the L2 cache, for dx. Where lse is known, the
 first reading is left out.
 """
@@ -60,11 +63,14 @@ def _reference_fill(
     values, z = reference_rows(logits, target, options)
     if loss is not None:
         loss.copy_(values)
-        torch.logsumexp(z, -1, out=lse)
+        lse[:, 0] = z.amax(-1)
+        lse[:, 1] = (z - lse[:, :1]).logsumexp(-1)
     if gradient is None:
         return
     counts = target != options.ignore_index
-    dz = torch.exp(z - lse[:, None]) * (1 + 2 * options.z_loss * lse)[:, None]
+    dz = z - lse[:, :1]
+    dz.sub_(lse[:, 1:]).exp_()
+    dz *= 1 + 2 * options.z_loss * lse.sum(-1, keepdim=True)
     dz -= options.label_smoothing / logits.shape[-1]
     dz[torch.arange(len(dz), device=dz.device), torch.where(counts, target, 0)] -= 1 - options.label_smoothing
     if options.softcap is not None:
@@ -102,22 +108,23 @@ def _capped(x, logit_scale, softcap, HAS_SOFTCAP: tl.constexpr):
 
 @jit(varying=("target", "upstream", "denominator", "loss", "lse", "upstream_stride", "ignore_index"))
 def _rows_kernel(
-    logits, target, upstream, denominator, loss, lse, gradient, logits_stride, gradient_stride, upstream_stride,
-    columns, ignore_index, label_smoothing, z_loss, softcap, logit_scale, HAS_SMOOTHING: tl.constexpr,
+    logits, target, upstream, denominator, loss, lse, gradient, logits_stride, upstream_stride, columns,
+    ignore_index, label_smoothing, z_loss, softcap, logit_scale, HAS_SMOOTHING: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr, HAS_UPSTREAM: tl.constexpr, HAS_DENOMINATOR: tl.constexpr,
     LSE_IS_KNOWN: tl.constexpr, WRITES_GRADIENT: tl.constexpr, DEPTH: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     # `gradient` may be `logits`: a program owns its row, and reads each tile before it writes it.
     row = tl.program_id(0).to(tl.int64)
     logits += row * logits_stride
-    gradient += row * gradient_stride
+    gradient += row * columns
     at = tl.arange(0, DEPTH)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
     label = tl.load(target + row)
 
     if label == ignore_index:
         if not LSE_IS_KNOWN:
             tl.store(loss + row, 0.0)
-            tl.store(lse + row, 0.0)
+            tl.store(lse + 2 * row, 0.0)
+            tl.store(lse + 2 * row + 1, 0.0)
         if WRITES_GRADIENT:
             zeros = tl.zeros((DEPTH, WIDTH), dtype=gradient.dtype.element_ty)
             for first in range(0, columns, DEPTH * WIDTH):
@@ -126,10 +133,11 @@ def _rows_kernel(
 
     is_label = (label >= 0) & (label < columns)
     if not is_label:
-        tl.device_print("liger: cross_entropy: label out of range, its loss is NaN: ", label)
+        tl.device_print("liger: label out of range, its loss is NaN: ", label)
 
     if LSE_IS_KNOWN:
-        log_sum = tl.load(lse + row)
+        top = tl.load(lse + 2 * row)
+        above = tl.load(lse + 2 * row + 1)
     else:
         z_label = tl.load(logits + label, mask=is_label, other=0.0)
         z_label = _capped(z_label, logit_scale, softcap, HAS_SOFTCAP)
@@ -150,15 +158,13 @@ def _rows_kernel(
             peak = higher
         top = tl.max(peak, axis=0)
         above = tl.log(tl.sum(total * tl.exp(peak - top), axis=0))
-        log_sum = top + above
-        value = (
-            top - z_label
-        ) + above  # not log_sum − z_label: near certainty the loss has digits that log_sum has not
+        value = top - z_label + above
         if HAS_SMOOTHING:
-            value = (1.0 - label_smoothing) * value + label_smoothing * (log_sum - tl.sum(z_sum, axis=0) / columns)
-        value += z_loss * log_sum * log_sum
+            value = (1.0 - label_smoothing) * value + label_smoothing * (top - tl.sum(z_sum, axis=0) / columns + above)
+        value += z_loss * (top + above) * (top + above)
         tl.store(loss + row, tl.where(is_label, value, float("nan")))
-        tl.store(lse + row, log_sum)
+        tl.store(lse + 2 * row, top)
+        tl.store(lse + 2 * row + 1, above)
 
     if WRITES_GRADIENT:
         factor = tl.where(is_label, logit_scale, float("nan"))
@@ -166,13 +172,13 @@ def _rows_kernel(
             factor *= tl.load(upstream + row * upstream_stride).to(tl.float32)
         if HAS_DENOMINATOR:
             factor /= tl.load(denominator).to(tl.float32)
-        gain = 1.0 + 2.0 * z_loss * log_sum
+        gain = 1.0 + 2.0 * z_loss * (top + above)
         for first in range(0, columns, DEPTH * WIDTH):
             column = first + at
             inside = column < columns
             x = tl.load(logits + column, mask=inside, other=0.0, eviction_policy="evict_first")
             z = _capped(x, logit_scale, softcap, HAS_SOFTCAP)
-            dz = tl.exp(z - log_sum) * gain
+            dz = tl.exp(z - top - above) * gain
             if HAS_SMOOTHING:
                 dz -= label_smoothing / columns
             dz = tl.where(column == label, dz - (1.0 - label_smoothing), dz)
@@ -212,8 +218,9 @@ def fill_rows(
 ) -> None:  # fmt: skip
     """Write `loss` and `lse`, or read `lse` where `loss` is None; write `gradient` if there is one.
 
-    logits, gradient: (M, V), rows contiguous; `gradient` may be `logits` itself. target, loss, lse: (M,), contiguous.
-    The gradient is multiplied by `upstream` (0-d or (M,)) and divided by `denominator` (0-d); the loss is not.
+    logits: (M, V), rows any stride apart. gradient: (M, V), contiguous; it may be `logits` itself. target, loss: (M,).
+    lse: (M, 2), contiguous. `upstream` (0-d or (M,)) multiplies the gradient and `denominator` (0-d) divides it; the
+    loss is neither.
     """
     rows, columns = logits.shape
     if not rows:
@@ -222,9 +229,9 @@ def fill_rows(
         _reference_fill(logits, target, options, loss, lse, gradient, upstream, denominator)
         return
     depth, width, warps = _tile(columns)
-    out = logits if gradient is None else gradient
     launch(
-        _rows_kernel, (rows,), logits, target, upstream, denominator, loss, lse, out, logits.stride(0), out.stride(0),
+        _rows_kernel, (rows,), logits, target, upstream, denominator, loss, lse,
+        logits if gradient is None else gradient, logits.stride(0),
         upstream.stride(0) if upstream is not None and upstream.dim() else 0, columns, options.ignore_index,
         options.label_smoothing, options.z_loss, options.softcap or 1.0, options.logit_scale,
         HAS_SMOOTHING=options.label_smoothing != 0, HAS_SOFTCAP=options.softcap is not None,
