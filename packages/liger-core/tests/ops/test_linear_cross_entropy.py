@@ -284,11 +284,11 @@ def test_gradients_that_nobody_needs_take_no_memory(path, chunk_rows, reduction)
         assert max(allocations(lambda: linear_cross_entropy(x, weight, target)).sizes) < size
 
 
-def test_the_weights_gradient_is_allocated_once_and_handed_over(path):
+def test_the_weights_gradient_is_allocated_once_and_handed_over(device, path):
     """1 GB at a real size: no copy by the scaling in backward, none by AccumulateGrad."""
     if path == "reference":
         pytest.skip("scales out of place")
-    x, weight, _, target = some(8, 32, 500, "cpu")
+    x, weight, _, target = some(8, 32, 500, device)
     weight.requires_grad_()
     made = allocations(lambda: (2 * linear_cross_entropy(x, weight, target)).backward())
     assert made.sizes.count(weight.numel() * 4) == 1
