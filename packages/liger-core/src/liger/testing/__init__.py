@@ -2,7 +2,9 @@
 
 import pytest
 
-pytest.register_assert_rewrite("liger.testing.contract", "liger.testing.error_rule")  # before they are imported
+from liger.testing import plugin  # noqa: F401  # first: it decides how kernels run before any is defined
+
+pytest.register_assert_rewrite("liger.testing.contract", "liger.testing.parity", "liger.testing.error_rule")  # before they are imported
 
 from liger.testing.contract import AdapterContract  # noqa: E402
 from liger.testing.error_rule import assert_as_exact_as  # noqa: E402
