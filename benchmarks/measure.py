@@ -55,19 +55,23 @@ def wall_ms(call: Callable[[], Any], device: torch.device) -> float:
     return statistics.median(times) * 1e3
 
 
-def host_us(call: Callable[[], Any], repeats: int = 40, rounds: int = 5) -> float:
-    """Microseconds until a call returns, for sizes so small that the device is never waited for; the median round."""
-    for _ in range(repeats):
-        call()
+def host_us(function: Callable[..., Any], problems: list[Problem], repeats: int = 8) -> float:
+    """Microseconds of the host for one forward and backward, at sizes so small that the device is never waited for.
+
+    Many calls before one backward through all of them, as in a model: one call and its backward alone would be mostly
+    the waking of autograd's thread. The median of several rounds, divided by the number of calls.
+    """
+    wrt = [problem.inputs[name] for problem in problems for name in problem.wrt]
+    upstream = None if problems[0].upstream is None else [g for problem in problems for g in problem.upstream or ()]
     times = []
-    for _ in range(rounds):
+    for _ in range(repeats + 2):
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         began = time.perf_counter()
-        for _ in range(repeats):
-            call()
-        times.append((time.perf_counter() - began) / repeats)
-    return statistics.median(times) * 1e6
+        outputs = [output for problem in problems for output in as_tuple(function(**problem.inputs))]
+        torch.autograd.grad(outputs, wrt, upstream)
+        times.append((time.perf_counter() - began) / len(problems))
+    return statistics.median(times[2:]) * 1e6
 
 
 def peak_mib(call: Callable[[], Any]) -> float:
@@ -133,8 +137,7 @@ def measure(case: Case, load: Callable[[], Callable[..., Any]], device: torch.de
     record["gpu_forward_ms"] = gpu_ms(forward) if on_gpu else None
     record["gpu_ms"] = gpu_ms(both) if on_gpu else None
     record["peak_mib"] = peak_mib(both) if on_gpu else None
-    small = _problem(case, case.tiny, device)
-    record["host_us"] = host_us(lambda: _forward_backward(function, small), *(() if on_gpu else (5, 3)))
+    record["host_us"] = host_us(function, [_problem(case, case.tiny, device) for _ in range(20)])
     return record
 
 

@@ -21,7 +21,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from liger.ops.launch import runs_kernels
-from liger.ops.loss_rows import Options, early_and_late, fill_rows, reference_rows, scaled
+from liger.ops.loss_rows import Options, fill_rows, reference_rows
+from liger.ops.upstream_scale import early_and_late, scaled
 
 Reduction = Literal["mean", "sum", "none"]
 
@@ -30,7 +31,7 @@ def reference(
     logits: Tensor, target: Tensor, options: Options, reduction: Reduction, denominator: Tensor | None
 ) -> Tensor:
     """`cross_entropy` of (M, V) logits in plain torch: the specification, and what devices without Triton run."""
-    loss, _ = reference_rows(logits, target, options)
+    loss = reference_rows(logits, target, options)
     return reduced(loss, reduction, denominator)
 
 

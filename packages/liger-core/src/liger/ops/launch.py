@@ -103,7 +103,7 @@ def _launch_here(
     known = tuple(key)
     variant = _variants.get(known)
     if variant is not None:
-        variant[(*grid, 1, 1)](*args, *values)
+        variant[(grid[0], 1, 1)](*args, *values)
         return
     variant = kernel[grid](*args, **constexprs, num_warps=num_warps)
     in_order = kernel.arg_names[len(args) :] == list(constexprs)

@@ -148,7 +148,9 @@ def _launch_backward(
             BLOCK_ROWS=block_rows, BLOCK_COLUMNS=block_columns,
             STAGES=min(max(_FETCHED // (2 * block_rows * block_columns * x.element_size()), 1), 3), num_warps=warps,
         )  # fmt: skip
-    return dx, None if partial is None else column_sums(partial.view(programs, sums * columns), dtype).view(sums, columns)
+    if partial is None:
+        return dx, None
+    return dx, column_sums(partial.view(programs, sums * columns), dtype).view(sums, columns)
 
 
 class _LayerNorm(torch.autograd.Function):

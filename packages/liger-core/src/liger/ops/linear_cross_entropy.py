@@ -25,7 +25,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from liger.ops.cross_entropy import Reduction, check_arguments, check_labels, divisor, reduced
-from liger.ops.loss_rows import Options, early_and_late, fill_rows, scaled
+from liger.ops.loss_rows import Options, fill_rows
+from liger.ops.upstream_scale import early_and_late, scaled
 
 CHUNK_BYTES = 256 * 2**20
 """How much memory one chunk of logits may take: 1024 rows of 128256 in bf16."""

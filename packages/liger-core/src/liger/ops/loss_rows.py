@@ -26,9 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from liger.ops.launch import jit, launch, next_power_of_2, runs_kernels, sm_count, tl
-
-_SCALE_BLOCK = 4096
+from liger.ops.launch import jit, launch, next_power_of_2, runs_kernels, tl
 
 
 class Options(NamedTuple):
@@ -41,46 +39,59 @@ class Options(NamedTuple):
     logit_scale: float
 
 
-def reference_rows(logits: Tensor, target: Tensor, options: Options) -> tuple[Tensor, Tensor]:
-    """(loss, z) of (M, V) logits in plain, differentiable torch. The loss is 0 where the label is ignored."""
-    z = logits.to(torch.promote_types(logits.dtype, torch.float32)) * options.logit_scale
-    if options.softcap is not None:
-        z = options.softcap * torch.tanh(z / options.softcap)
-    ignored = options.ignore_index
+def _reference_z(logits: Tensor, options: Options) -> Tensor:
+    """The scaled and capped logits in fp32 (fp64 for fp64); the logits themselves where that changes nothing."""
+    z = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if options.logit_scale != 1:
+        z = z * options.logit_scale
+    return z if options.softcap is None else options.softcap * torch.tanh(z / options.softcap)
+
+
+def reference_rows(logits: Tensor, target: Tensor, options: Options) -> Tensor:
+    """The loss of every row of (M, V) logits in plain, differentiable torch; 0 where the label is ignored."""
+    z, ignored = _reference_z(logits, options), options.ignore_index
     loss = F.cross_entropy(
         z, target.long(), ignore_index=ignored, label_smoothing=options.label_smoothing, reduction="none"
     )
     if options.z_loss:
         loss = loss + torch.where(target == ignored, 0.0, options.z_loss * z.logsumexp(-1).square())
-    return loss, z
+    return loss
 
 
 def _reference_fill(
     logits: Tensor, target: Tensor, options: Options, loss: Tensor | None, lse: Tensor, gradient: Tensor | None,
     upstream: Tensor | None, denominator: Tensor | None,
 ) -> None:  # fmt: skip
-    """`fill_rows` in plain torch."""
-    values, z = reference_rows(logits, target, options)
+    """`fill_rows` in plain torch, with one temporary of the logits' size: the passes over it are what it costs."""
+    z, smoothing = _reference_z(logits, options), options.label_smoothing
+    counts = target != options.ignore_index
+    label = torch.where(counts, target, 0).long()[:, None]
+    z_label = z.gather(-1, label)[:, 0]
     if loss is not None:
-        loss.copy_(values)
         lse[:, 0] = z.amax(-1)
-        lse[:, 1] = (z - lse[:, :1]).logsumexp(-1)
+    top, above = lse.unbind(-1)
+    exponential = (z - top[:, None]).exp_()
+    if loss is not None:
+        above.copy_(exponential.sum(-1).log_())
+        value = top - z_label + above
+        if smoothing:
+            value = (1 - smoothing) * value + smoothing * (top - z.mean(-1) + above)
+        loss.copy_(torch.where(counts, value + options.z_loss * (top + above).square(), 0.0))
     if gradient is None:
         return
-    counts = target != options.ignore_index
-    dz = z - lse[:, :1]
-    dz.sub_(lse[:, 1:]).exp_()
-    dz *= 1 + 2 * options.z_loss * lse.sum(-1, keepdim=True)
-    dz -= options.label_smoothing / logits.shape[-1]
-    dz[torch.arange(len(dz), device=dz.device), torch.where(counts, target, 0)] -= 1 - options.label_smoothing
-    if options.softcap is not None:
-        dz *= 1 - (z / options.softcap).square()
-    dz *= options.logit_scale
-    if upstream is not None:
-        dz *= upstream if upstream.dim() == 0 else upstream[:, None]
+
+    factor = torch.full_like(top, options.logit_scale) if upstream is None else options.logit_scale * upstream
     if denominator is not None:
-        dz /= denominator
-    gradient.copy_(torch.where(counts[:, None], dz, 0.0))
+        factor = factor / denominator
+    gain = 1 + 2 * options.z_loss * (top + above)
+    dx = exponential.mul_(((-above).exp() * gain * factor)[:, None])
+    if smoothing:
+        dx -= (smoothing / logits.shape[-1] * factor).expand_as(top)[:, None]
+    dz_label = (z_label - top - above).exp() * gain - smoothing / logits.shape[-1] - (1 - smoothing)
+    dx.scatter_(-1, label, (dz_label * factor)[:, None])
+    if options.softcap is not None:
+        dx *= 1 - (z / options.softcap).square()
+    gradient.copy_(dx.masked_fill_(~counts[:, None], 0.0))
 
 
 @jit(varying=())
@@ -99,116 +110,149 @@ def _tanh(x):
 
 
 @jit(varying=())
-def _capped(x, logit_scale, softcap, HAS_SOFTCAP: tl.constexpr):
-    z = x.to(tl.float32) * logit_scale
+def _capped(x, logit_scale, softcap, HAS_SCALE: tl.constexpr, HAS_SOFTCAP: tl.constexpr):
+    z = x.to(tl.float32)
+    if HAS_SCALE:
+        z = z * logit_scale
     if HAS_SOFTCAP:
         z = softcap * _tanh(z / softcap)
     return z
 
 
-@jit(varying=("target", "upstream", "denominator", "loss", "lse", "upstream_stride", "ignore_index"))
+@jit(varying=())
+def _fold(
+    logits, column, columns, peak, total, z_sum, logit_scale, softcap, HAS_SMOOTHING: tl.constexpr,
+    HAS_SCALE: tl.constexpr, HAS_SOFTCAP: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Take a tile into every lane's maximum, its sum of exponentials relative to it, and its sum."""
+    inside = column < columns if MASKED else None
+    x = tl.load(logits + column, mask=inside, other=0.0 if MASKED else None, eviction_policy="evict_last")
+    z = _capped(x, logit_scale, softcap, HAS_SCALE, HAS_SOFTCAP)
+    if HAS_SMOOTHING:
+        z_sum += tl.sum(tl.where(inside, z, 0.0) if MASKED else z, axis=0)
+    if MASKED:
+        z = tl.where(inside, z, float("-inf"))
+    higher = tl.maximum(peak, tl.max(z, axis=0))
+    return higher, total * tl.exp(peak - higher) + tl.sum(tl.exp(z - higher[None, :]), axis=0), z_sum
+
+
+@jit(varying=())
+def _differentiate(
+    logits, gradient, column, columns, top, slope, uniform, logit_scale, softcap, HAS_SMOOTHING: tl.constexpr,
+    HAS_SCALE: tl.constexpr, HAS_SOFTCAP: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Write the gradient of a tile as if no column of it were the label."""
+    inside = column < columns if MASKED else None
+    x = tl.load(logits + column, mask=inside, other=0.0 if MASKED else None, eviction_policy="evict_first")
+    z = _capped(x, logit_scale, softcap, HAS_SCALE, HAS_SOFTCAP)
+    dx = tl.exp(z - top) * slope
+    if HAS_SMOOTHING:
+        dx -= uniform
+    if HAS_SOFTCAP:
+        t = z / softcap
+        dx *= 1.0 - t * t
+    tl.store(gradient + column, dx.to(gradient.dtype.element_ty), mask=inside, eviction_policy="evict_first")
+
+
+@jit(varying=("target", "upstream", "denominator", "loss", "lse", "upstream_stride", "rows", "ignore_index"))
 def _rows_kernel(
-    logits, target, upstream, denominator, loss, lse, gradient, logits_stride, upstream_stride, columns,
+    logits, target, upstream, denominator, loss, lse, gradient, logits_stride, upstream_stride, rows, columns,
     ignore_index, label_smoothing, z_loss, softcap, logit_scale, HAS_SMOOTHING: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr, HAS_UPSTREAM: tl.constexpr, HAS_DENOMINATOR: tl.constexpr,
+    HAS_SCALE: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_UPSTREAM: tl.constexpr, HAS_DENOMINATOR: tl.constexpr,
     LSE_IS_KNOWN: tl.constexpr, WRITES_GRADIENT: tl.constexpr, DEPTH: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     # `gradient` may be `logits`: a program owns its row, and reads each tile before it writes it.
-    row = tl.program_id(0).to(tl.int64)
-    logits += row * logits_stride
-    gradient += row * columns
-    at = tl.arange(0, DEPTH)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
-    label = tl.load(target + row)
+    tile = tl.arange(0, DEPTH)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
+    whole = columns // (DEPTH * WIDTH) * (DEPTH * WIDTH)  # up to here no tile needs a mask
+    # inductor hands floats over in fp64
+    label_smoothing, z_loss = tl.full((), label_smoothing, tl.float32), tl.full((), z_loss, tl.float32)
+    softcap, logit_scale = tl.full((), softcap, tl.float32), tl.full((), logit_scale, tl.float32)
 
-    if label == ignore_index:
-        if not LSE_IS_KNOWN:
-            tl.store(loss + row, 0.0)
-            tl.store(lse + 2 * row, 0.0)
-            tl.store(lse + 2 * row + 1, 0.0)
-        if WRITES_GRADIENT:
-            zeros = tl.zeros((DEPTH, WIDTH), dtype=gradient.dtype.element_ty)
-            for first in range(0, columns, DEPTH * WIDTH):
-                tl.store(gradient + first + at, zeros, mask=first + at < columns)
-        return
+    for row in range(tl.program_id(0).to(tl.int64), rows, tl.num_programs(0)):
+        row_logits = logits + row * logits_stride
+        row_gradient = gradient + row * columns
+        label = tl.load(target + row)
+        if label == ignore_index:
+            if not LSE_IS_KNOWN:
+                tl.store(loss + row, 0.0)
+                tl.store(lse + 2 * row, 0.0)
+                tl.store(lse + 2 * row + 1, 0.0)
+            if WRITES_GRADIENT:
+                zeros = tl.zeros((DEPTH, WIDTH), dtype=gradient.dtype.element_ty)
+                for first in range(0, columns, DEPTH * WIDTH):
+                    tl.store(row_gradient + first + tile, zeros, mask=first + tile < columns)
+        else:
+            is_label = (label >= 0) & (label < columns)
+            if not is_label:
+                tl.device_print("liger: label out of range, its loss is NaN: ", label)
+            z_label = tl.load(row_logits + label, mask=is_label, other=0.0)
+            z_label = _capped(z_label, logit_scale, softcap, HAS_SCALE, HAS_SOFTCAP)
 
-    is_label = (label >= 0) & (label < columns)
-    if not is_label:
-        tl.device_print("liger: label out of range, its loss is NaN: ", label)
+            if LSE_IS_KNOWN:
+                top = tl.load(lse + 2 * row)
+                above = tl.load(lse + 2 * row + 1)
+            else:
+                # Each of WIDTH lanes keeps its own maximum and sum, over DEPTH elements that one thread holds: no
+                # exchange between threads until the row is read. The first maximum is finite, so that a lane of -inf
+                # stays 0, not NaN.
+                peak = tl.full((WIDTH,), -3.4028234663852886e38, dtype=tl.float32)
+                total = tl.zeros((WIDTH,), dtype=tl.float32)
+                z_sum = tl.zeros((WIDTH,), dtype=tl.float32)
+                for first in range(0, whole, DEPTH * WIDTH):
+                    peak, total, z_sum = _fold(
+                        row_logits, first + tile, columns, peak, total, z_sum, logit_scale, softcap,
+                        HAS_SMOOTHING, HAS_SCALE, HAS_SOFTCAP, MASKED=False,
+                    )  # fmt: skip
+                if whole < columns:
+                    peak, total, z_sum = _fold(
+                        row_logits, whole + tile, columns, peak, total, z_sum, logit_scale, softcap,
+                        HAS_SMOOTHING, HAS_SCALE, HAS_SOFTCAP, MASKED=True,
+                    )  # fmt: skip
+                top = tl.max(peak, axis=0)
+                above = tl.log(tl.sum(total * tl.exp(peak - top), axis=0))
+                value = top - z_label + above
+                if HAS_SMOOTHING:
+                    mean = tl.sum(z_sum, axis=0) / columns
+                    value = (1.0 - label_smoothing) * value + label_smoothing * (top - mean + above)
+                value += z_loss * (top + above) * (top + above)
+                tl.store(loss + row, tl.where(is_label, value, float("nan")))
+                tl.store(lse + 2 * row, top)
+                tl.store(lse + 2 * row + 1, above)
 
-    if LSE_IS_KNOWN:
-        top = tl.load(lse + 2 * row)
-        above = tl.load(lse + 2 * row + 1)
-    else:
-        z_label = tl.load(logits + label, mask=is_label, other=0.0)
-        z_label = _capped(z_label, logit_scale, softcap, HAS_SOFTCAP)
-        # Each of WIDTH lanes keeps its own maximum and sum, over DEPTH elements that one thread holds: no exchange
-        # between threads until the row is read. The first maximum is finite, so that a lane of -inf stays 0, not NaN.
-        peak = tl.full((WIDTH,), -3.4028234663852886e38, dtype=tl.float32)
-        total = tl.zeros((WIDTH,), dtype=tl.float32)
-        z_sum = tl.zeros((WIDTH,), dtype=tl.float32)
-        for first in range(0, columns, DEPTH * WIDTH):
-            inside = first + at < columns
-            x = tl.load(logits + first + at, mask=inside, other=0.0, eviction_policy="evict_last")
-            z = _capped(x, logit_scale, softcap, HAS_SOFTCAP)
-            if HAS_SMOOTHING:
-                z_sum += tl.sum(tl.where(inside, z, 0.0), axis=0)
-            z = tl.where(inside, z, float("-inf"))
-            higher = tl.maximum(peak, tl.max(z, axis=0))
-            total = total * tl.exp(peak - higher) + tl.sum(tl.exp(z - higher[None, :]), axis=0)
-            peak = higher
-        top = tl.max(peak, axis=0)
-        above = tl.log(tl.sum(total * tl.exp(peak - top), axis=0))
-        value = top - z_label + above
-        if HAS_SMOOTHING:
-            value = (1.0 - label_smoothing) * value + label_smoothing * (top - tl.sum(z_sum, axis=0) / columns + above)
-        value += z_loss * (top + above) * (top + above)
-        tl.store(loss + row, tl.where(is_label, value, float("nan")))
-        tl.store(lse + 2 * row, top)
-        tl.store(lse + 2 * row + 1, above)
-
-    if WRITES_GRADIENT:
-        factor = tl.where(is_label, logit_scale, float("nan"))
-        if HAS_UPSTREAM:
-            factor *= tl.load(upstream + row * upstream_stride).to(tl.float32)
-        if HAS_DENOMINATOR:
-            factor /= tl.load(denominator).to(tl.float32)
-        gain = 1.0 + 2.0 * z_loss * (top + above)
-        for first in range(0, columns, DEPTH * WIDTH):
-            column = first + at
-            inside = column < columns
-            x = tl.load(logits + column, mask=inside, other=0.0, eviction_policy="evict_first")
-            z = _capped(x, logit_scale, softcap, HAS_SOFTCAP)
-            dz = tl.exp(z - top - above) * gain
-            if HAS_SMOOTHING:
-                dz -= label_smoothing / columns
-            dz = tl.where(column == label, dz - (1.0 - label_smoothing), dz)
-            if HAS_SOFTCAP:
-                t = z / softcap
-                dz *= 1.0 - t * t
-            dx = (dz * factor).to(gradient.dtype.element_ty)
-            tl.store(gradient + column, dx, mask=inside, eviction_policy="evict_first")
-
-
-@jit(varying=("upstream", "denominator", "rows"))
-def _scale_kernel(buffer, upstream, denominator, rows, columns, HAS_DENOMINATOR: tl.constexpr, BLOCK: tl.constexpr):
-    factor = tl.load(upstream).to(tl.float32)
-    if HAS_DENOMINATOR:
-        factor /= tl.load(denominator).to(tl.float32)
-    if factor != 1.0:
-        size = rows.to(tl.int64) * columns
-        for first in range(tl.program_id(0).to(tl.int64) * BLOCK, size, tl.num_programs(0) * BLOCK):
-            at = first + tl.arange(0, BLOCK)
-            x = tl.load(buffer + at, mask=at < size)
-            tl.store(buffer + at, (x.to(tl.float32) * factor).to(buffer.dtype.element_ty), mask=at < size)
+            if WRITES_GRADIENT:
+                factor = tl.where(is_label, logit_scale, float("nan"))
+                if HAS_UPSTREAM:
+                    factor *= tl.load(upstream + row * upstream_stride).to(tl.float32)
+                if HAS_DENOMINATOR:
+                    factor /= tl.load(denominator).to(tl.float32)
+                gain = 1.0 + 2.0 * z_loss * (top + above)
+                slope = tl.exp(-above) * gain * factor
+                uniform = label_smoothing / columns * factor
+                # Backwards: what was read last is still in the L2 cache, even where the row as a whole is not.
+                if whole < columns:
+                    _differentiate(
+                        row_logits, row_gradient, whole + tile, columns, top, slope, uniform, logit_scale, softcap,
+                        HAS_SMOOTHING, HAS_SCALE, HAS_SOFTCAP, MASKED=True,
+                    )  # fmt: skip
+                for done in range(0, whole, DEPTH * WIDTH):
+                    _differentiate(
+                        row_logits, row_gradient, whole - done - DEPTH * WIDTH + tile, columns, top, slope, uniform,
+                        logit_scale, softcap, HAS_SMOOTHING, HAS_SCALE, HAS_SOFTCAP, MASKED=False,
+                    )  # fmt: skip
+                dz = tl.exp(z_label - top - above) * gain - label_smoothing / columns - (1.0 - label_smoothing)
+                if HAS_SOFTCAP:
+                    dz *= 1.0 - (z_label / softcap) * (z_label / softcap)
+                tl.debug_barrier()  # the label's element has been written with its tile
+                tl.store(row_gradient + label, (dz * factor).to(gradient.dtype.element_ty), mask=is_label)
 
 
-def _tile(columns: int) -> tuple[int, int, int]:
+def _tile(columns: int, itemsize: int) -> tuple[int, int, int]:
     """(depth, width, warps) of a tile: 8 neighbouring columns a thread, `depth` times over.
 
     Many warps for long rows: few rows are then in flight at once, and the second reading finds them in the L2 cache.
     """
     width = min(max(next_power_of_2(columns), 128), 8192 if columns > 65536 else 4096)
-    depth = 2 if columns > width else 1
+    depth = min(next_power_of_2(-(-columns // width)), 4 if itemsize == 2 else 2)
     return depth, width, max(width // 256, 1)
 
 
@@ -228,43 +272,14 @@ def fill_rows(
     if not runs_kernels(logits):
         _reference_fill(logits, target, options, loss, lse, gradient, upstream, denominator)
         return
-    depth, width, warps = _tile(columns)
+    depth, width, warps = _tile(columns, logits.element_size())
     launch(
         _rows_kernel, (rows,), logits, target, upstream, denominator, loss, lse,
         logits if gradient is None else gradient, logits.stride(0),
-        upstream.stride(0) if upstream is not None and upstream.dim() else 0, columns, options.ignore_index,
+        upstream.stride(0) if upstream is not None and upstream.dim() else 0, rows, columns, options.ignore_index,
         options.label_smoothing, options.z_loss, options.softcap or 1.0, options.logit_scale,
-        HAS_SMOOTHING=options.label_smoothing != 0, HAS_SOFTCAP=options.softcap is not None,
+        HAS_SMOOTHING=options.label_smoothing != 0, HAS_SCALE=options.logit_scale != 1,
+        HAS_SOFTCAP=options.softcap is not None,
         HAS_UPSTREAM=upstream is not None, HAS_DENOMINATOR=denominator is not None, LSE_IS_KNOWN=loss is None,
         WRITES_GRADIENT=gradient is not None, DEPTH=depth, WIDTH=width, num_warps=warps,
     )  # fmt: skip
-
-
-def scaled(buffer: Tensor, upstream: Tensor, denominator: Tensor | None) -> Tensor:
-    """`buffer` · upstream / denominator: in the buffer itself, which costs nothing where the factor is exactly 1.
-
-    Out of place in the reference, and under torch.compile, which fuses it and must not see a saved tensor change.
-    """
-    if torch.compiler.is_compiling() or not runs_kernels(buffer):
-        factor = upstream if denominator is None else upstream / denominator
-        return (buffer.to(torch.promote_types(buffer.dtype, torch.float32)) * factor).to(buffer.dtype)
-    if buffer.numel():
-        columns = buffer.shape[-1]
-        programs = min(-(-buffer.numel() // _SCALE_BLOCK), 16 * sm_count(buffer))
-        launch(
-            _scale_kernel, (programs,), buffer, upstream, denominator, buffer.numel() // columns, columns,
-            HAS_DENOMINATOR=denominator is not None, BLOCK=_SCALE_BLOCK, num_warps=8,
-        )  # fmt: skip
-    return buffer
-
-
-def early_and_late(denominator: Tensor | None, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
-    """What a gradient of this dtype is divided by in forward, and what in backward.
-
-    In fp16 the quotient would underflow before a GradScaler's factor arrives with the upstream gradient. There only the
-    denominator's mantissa is divided by in forward; its power of two rounds nothing in backward, nor does the scaler's.
-    """
-    if denominator is None or dtype != torch.float16:
-        return denominator, None
-    mantissa, exponent = torch.frexp(denominator.float())
-    return mantissa, torch.ldexp(torch.ones_like(mantissa), exponent)
