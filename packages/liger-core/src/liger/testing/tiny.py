@@ -27,7 +27,9 @@ TINY: dict[str, Any] = {
 def build(cls: type[nn.Module], config: Any, device: torch.device, dtype: torch.dtype = torch.float32) -> Any:
     """A model whose every parameter is random, so that none hides a term by being 0 or 1."""
     generator = torch.Generator().manual_seed(0)
-    model = cls(config)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = cls(config)
     with torch.no_grad():
         for parameter in model.parameters():
             noise = torch.randn(parameter.shape, generator=generator)
