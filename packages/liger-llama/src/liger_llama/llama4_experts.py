@@ -1,0 +1,40 @@
+"""Llama 4's experts, which transformers computes without its experts dispatch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from liger.adapter import Kind, Layer
+from liger.ops import swiglu
+
+
+@dataclass(frozen=True)
+class Llama4Experts(Layer):
+    """Every expert on every token, which its router's score has scaled before: two batched products, SiLU between.
+
+    The weights lie as (experts, in, out), and gate and up are the halves of one product, read where they lie.
+    """
+
+    kind: ClassVar[Kind] = "experts"
+
+    def declines(self, module: Any) -> str | None:
+        """Declines other parameters than the two it knows, and an activation that is not SiLU."""
+        parameters = {name for name, _ in module.named_parameters()}
+        if parameters != {"gate_up_proj", "down_proj"}:
+            return f"holds {', '.join(sorted(parameters))}, not down_proj, gate_up_proj"
+        # The module keeps no config to name the activation: ask it, at a few points.
+        points = torch.linspace(-4, 4, 17, device="cpu")
+        with torch.no_grad():
+            same = torch.allclose(module.act_fn(points), F.silu(points), rtol=0, atol=1e-6)
+        return None if same else "its act_fn does not compute silu"
+
+    def forward(self, module: Any, hidden_states: Tensor) -> Tensor:
+        """`hidden_states` is (experts · tokens, hidden size), and so is the result."""
+        weight = module.gate_up_proj
+        gate, up = torch.bmm(hidden_states.view(weight.shape[0], -1, weight.shape[1]), weight).chunk(2, dim=-1)
+        return torch.bmm(swiglu(gate, up), module.down_proj).view(-1, weight.shape[1])

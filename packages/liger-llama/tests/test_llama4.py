@@ -1,0 +1,63 @@
+"""The contract for Llama 4's text model: dense and routed layers, with and without rope, q and k normed after rope."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import pytest
+import torch
+from transformers import Llama4TextConfig
+from transformers.models.llama4 import modeling_llama4
+
+import liger
+from liger.testing import TINY, AdapterContract
+from liger.testing.tiny import build
+from liger_llama import apply_liger_kernel_to_llama4, llama4
+
+CONFIG = {
+    **TINY,
+    "intermediate_size_mlp": 72,
+    "num_local_experts": 3,
+    "interleave_moe_layer_step": 2,
+    "no_rope_layers": [1, 0],
+    "floor_scale": 4,  # so that the last positions of the test's rows are scaled
+    "rms_norm_eps": 1e-3,
+}
+
+
+class TestLlama4(AdapterContract):
+    adapter = llama4
+    declines: ClassVar = {"rope": "^apply_rotary_emb rotates neighbours by complex factors"}
+
+    def config(self):
+        return Llama4TextConfig(**CONFIG)
+
+
+def model(device, **options):
+    return build(modeling_llama4.Llama4ForCausalLM, Llama4TextConfig(**CONFIG, **options), device)
+
+
+def test_what_is_swapped_in_a_routed_layer(device):
+    patch = apply_liger_kernel_to_llama4(model(device))
+    routed = {s.name: s.cls for s in patch.swapped if s.name.startswith("model.layers.1.feed_forward")}
+    assert routed == {
+        "model.layers.1.feed_forward.experts": "Llama4TextExperts",
+        "model.layers.1.feed_forward.shared_expert": "Llama4TextMLP",
+    }
+
+
+@pytest.mark.parametrize(
+    ("attribute", "value", "reason"),
+    [
+        ("act_fn", torch.nn.GELU(), "its act_fn does not compute silu"),
+        (
+            "bias",
+            torch.nn.Parameter(torch.zeros(3)),
+            "holds bias, down_proj, gate_up_proj, not down_proj, gate_up_proj",
+        ),
+    ],
+)
+def test_other_experts_are_declined(device, attribute, value, reason):
+    changed = model(device)
+    setattr(changed.model.layers[1].feed_forward.experts, attribute, value)
+    assert [d.reason for d in liger.apply(changed).declined if d.kind == "experts"] == [reason]
