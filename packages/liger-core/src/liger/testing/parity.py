@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import UserDict
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -24,6 +25,8 @@ def cast(tree: Any, dtype: torch.dtype) -> Any:
     """`tree` with its floating-point tensors, detached, in another dtype."""
 
     def to(leaf: Any) -> Any:
+        if isinstance(leaf, UserDict):  # the keys and values that some models share between layers
+            return type(leaf)(cast(dict(leaf), dtype))
         floating = isinstance(leaf, Tensor) and leaf.is_floating_point()
         return leaf.detach().to(dtype) if floating else leaf
 
