@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from liger.ops import loss_rows
+from liger.ops import loss_rows, upstream_scale
 from liger.ops.cross_entropy import cross_entropy
 from liger.testing import assert_as_exact_as
 
@@ -426,7 +426,7 @@ def test_on_a_device_that_is_not_current():
 
 @pytest.mark.gpu
 def test_new_row_counts_compile_nothing(device):
-    kernels = (loss_rows._rows_kernel, loss_rows._scale_kernel)
+    kernels = (loss_rows._rows_kernel, upstream_scale._scale_kernel)
 
     def variants():
         return sum(len(caches[0]) for kernel in kernels for caches in kernel.device_caches.values())

@@ -94,12 +94,13 @@ def _launch_here(
     values = tuple(constexprs.values())
     key: list[Any] = [id(kernel), device, num_warps, values]
     for arg, varies in zip(args, _varying[id(kernel)], strict=False):
-        if isinstance(arg, Tensor):
-            key += (arg.dtype, arg.data_ptr() % 16 == 0)
-        elif isinstance(arg, int):
+        kind = type(arg)
+        if kind is int:
             key.append(arg >> 31 if varies else arg)  # what does not fit 32 bits is another type
+        elif kind in _PLAIN:
+            key += (arg.dtype, arg.data_ptr() & 15)
         else:
-            key.append(type(arg))
+            key.append(kind)
     known = tuple(key)
     variant = _variants.get(known)
     if variant is not None:
