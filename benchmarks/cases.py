@@ -71,6 +71,13 @@ def _norm(sizes: Sizes, device: torch.device, bias: bool) -> Problem:
     return Problem({"x": x}, shared, ("x", *shared), (_random(rows, columns, device=device),))
 
 
+def _added_norm(sizes: Sizes, device: torch.device) -> Problem:
+    inputs = {name: _random(*sizes, device=device) for name in ("x", "residual")}
+    shared = {"weight": _random(sizes[1], device=device, scale=0.1) + 1}
+    upstream = (_random(*sizes, device=device), _random(*sizes, device=device))
+    return Problem(inputs, shared, ("x", "residual", "weight"), upstream)
+
+
 def _gated(sizes: Sizes, device: torch.device) -> Problem:
     inputs = {name: _random(*sizes, device=device) for name in ("gate", "up")}
     return Problem(inputs, {}, ("gate", "up"), (_random(*sizes, device=device),))
@@ -85,6 +92,12 @@ def _rotary(sizes: Sizes, device: torch.device) -> Problem:
     k, dk = (_random(batch, sequence, kv_heads, dim, device=device).transpose(1, 2) for _ in range(2))
     shared = {"cos": angle.cos().to(torch.bfloat16), "sin": angle.sin().to(torch.bfloat16)}
     return Problem({"q": q, "k": k}, shared, ("q", "k"), (dq, dk))
+
+
+def _normed_rotary(sizes: Sizes, device: torch.device) -> Problem:
+    problem = _rotary(sizes, device)
+    weights = {name: _random(sizes[-1], device=device, scale=0.1) + 1 for name in ("q_weight", "k_weight")}
+    return Problem(problem.rows, {**weights, **problem.shared}, ("q", "k", *weights), problem.upstream)
 
 
 def _logits(sizes: Sizes, device: torch.device) -> Problem:
@@ -111,6 +124,14 @@ def _rms_norm(*sizes: int) -> Case:
     return Case(
         "rms_norm", sizes, (64, columns), lambda s, d: _norm(s, d, bias=False), peers.RMS_NORM, exact.rms_norm,
         chunk=rows, moved=10 * rows * columns,
+    )  # fmt: skip
+
+
+def _add_rms_norm(*sizes: int) -> Case:
+    rows, columns = sizes
+    return Case(
+        "add_rms_norm", sizes, (64, columns), _added_norm, peers.ADD_RMS_NORM, exact.add_rms_norm, chunk=rows // 2,
+        moved=16 * rows * columns,
     )  # fmt: skip
 
 
@@ -147,6 +168,14 @@ def _rope(*sizes: int) -> Case:
     )  # fmt: skip
 
 
+def _qk_norm_rotary(*sizes: int) -> Case:
+    batch, sequence, heads, kv_heads, dim = sizes
+    return Case(
+        "qk_norm_rotary", sizes, (1, 16, heads, kv_heads, dim), _normed_rotary, peers.QK_NORM_ROTARY,
+        exact.qk_norm_rotary, chunk=1, moved=10 * batch * sequence * (heads + kv_heads) * dim,
+    )  # fmt: skip
+
+
 def _cross_entropy(*sizes: int) -> Case:
     rows, vocabulary = sizes
     return Case(
@@ -168,10 +197,12 @@ def _linear_cross_entropy(*sizes: int) -> Case:
 CASES: tuple[Case, ...] = (
     _rms_norm(32768, 2048), _rms_norm(16384, 4096), _rms_norm(16384, 3584), _rms_norm(8192, 8192),
     _rms_norm(16384, 5120),
+    _add_rms_norm(32768, 2048), _add_rms_norm(16384, 4096),
     _layer_norm(16384, 2560), _layer_norm(16384, 4096),
     _swiglu(8192, 14336),
     _geglu(16384, 9216),
     _rope(4, 4096, 32, 8, 128), _rope(1, 16384, 16, 8, 256),
+    _qk_norm_rotary(4, 4096, 32, 8, 128), _qk_norm_rotary(1, 16384, 8, 4, 256),
     _cross_entropy(8192, 128256), _cross_entropy(8192, 32000), _cross_entropy(4096, 262144),
     _linear_cross_entropy(8192, 4096, 128256), _linear_cross_entropy(16384, 2048, 128256),
     _linear_cross_entropy(8192, 3584, 152064), _linear_cross_entropy(4096, 2304, 256000),

@@ -17,6 +17,18 @@ def rms_norm(x: Tensor, weight: Tensor) -> Tensor:
     return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6) * weight
 
 
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """The sum and its RMSNorm, rounded nowhere."""
+    return rms_norm(x + residual, weight), x + residual
+
+
+def qk_norm_rotary(
+    q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor
+) -> tuple[Tensor, Tensor]:
+    """RMSNorm of every head, then its rotation."""
+    return rotary(rms_norm(q, q_weight), rms_norm(k, k_weight), cos, sin)
+
+
 def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     """Rotary embedding of halves, as LLaMA has it."""
 

@@ -24,6 +24,11 @@ def _rms_norm(x: Tensor, weight: Tensor) -> Tensor:
     return weight * x32.to(x.dtype)
 
 
+def _add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    residual = residual + x
+    return _rms_norm(residual, weight), residual
+
+
 def _layer_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return F.layer_norm(x, x.shape[-1:], weight, bias, 1e-5)
 
@@ -43,6 +48,14 @@ def _rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Ten
 
     cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
     return q * cos + rotate_half(q) * sin, k * cos + rotate_half(k) * sin
+
+
+def _qk_norm_rotary(
+    q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor
+) -> tuple[Tensor, Tensor]:
+    # The model normalises before it transposes.
+    q, k = _rms_norm(q.transpose(1, 2), q_weight), _rms_norm(k.transpose(1, 2), k_weight)
+    return _rotary(q.transpose(1, 2), k.transpose(1, 2), cos, sin)
 
 
 def _cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
@@ -65,6 +78,18 @@ def _liger_kernel(name: str, call: Callable[[Peer], Peer]) -> Callable[[], Peer]
     return lambda: call(getattr(import_module("liger_kernel.transformers.functional"), name))
 
 
+def _liger_kernel_qk_norm_rotary() -> Peer:
+    """Its norm twice, then its rotation: what its users run, as it has no op for both."""
+    functional = import_module("liger_kernel.transformers.functional")
+
+    def call(q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor) -> Any:
+        q = functional.liger_rms_norm(q.transpose(1, 2), q_weight, 1e-6).transpose(1, 2)
+        k = functional.liger_rms_norm(k.transpose(1, 2), k_weight, 1e-6).transpose(1, 2)
+        return functional.liger_rope(q, k, cos, sin)
+
+    return call
+
+
 def _peers(eager: Peer, ours: Callable[[], Peer], liger_kernel: Callable[[], Peer]) -> dict[str, Callable[[], Peer]]:
     return {
         "eager": lambda: eager,
@@ -78,6 +103,11 @@ RMS_NORM = _peers(
     _rms_norm,
     _op("rms_norm", eps=1e-6),
     _liger_kernel("liger_rms_norm", lambda f: lambda x, weight: f(x, weight, 1e-6)),
+)
+ADD_RMS_NORM = _peers(
+    _add_rms_norm,
+    _op("add_rms_norm", eps=1e-6),
+    _liger_kernel("liger_fused_add_rms_norm", lambda f: lambda x, residual, weight: f(x, residual, weight, 1e-6)),
 )
 LAYER_NORM = _peers(
     _layer_norm,
@@ -94,6 +124,11 @@ ROTARY = _peers(
     _rotary,
     _op("rotary"),
     _liger_kernel("liger_rope", lambda f: lambda q, k, cos, sin: f(q, k, cos, sin)),
+)
+QK_NORM_ROTARY = _peers(
+    _qk_norm_rotary,
+    _op("qk_norm_rotary", eps=1e-6, unsqueeze_dim=1),
+    _liger_kernel_qk_norm_rotary,
 )
 CROSS_ENTROPY = _peers(
     _cross_entropy,

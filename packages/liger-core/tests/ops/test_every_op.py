@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from liger.ops import geglu, launch, layer_norm, rms_norm, rotary, swiglu
+from liger.ops import add_rms_norm, geglu, launch, layer_norm, qk_norm_rotary, rms_norm, rotary, swiglu
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -23,6 +23,8 @@ class Op(NamedTuple):
     inputs: Callable[[int, int, torch.dtype, torch.device], tuple[Tensor, ...]]
     constants: tuple[int, ...] = ()
     """Positions of floating-point inputs that never take a gradient."""
+    kept: tuple[int, ...] = ()
+    """Positions of outputs that backward needs: one that was changed in place must be refused."""
 
     def leaves(self, inputs: tuple[Tensor, ...]) -> list[Tensor]:
         """The inputs that take a gradient."""
@@ -66,9 +68,20 @@ def heads(rotated: int, token_major: bool):
     return inputs
 
 
+def heads_and_weights(rotated: int, token_major: bool):
+    """Inputs: the q and k of `heads`, their norms' weights, cos and sin."""
+
+    def inputs(batch: int, length: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
+        q, k, *angles = heads(rotated, token_major)(batch, length, dtype, device)
+        return q, k, *(torch.rand(64, dtype=dtype, device=device) for _ in range(2)), *angles
+
+    return inputs
+
+
 OPS = {
     "rms_norm": Op(rms_norm, rows(64, 1, parameters=1)),
     "rms_norm-gemma": Op(lambda x, w: rms_norm(x, w, cast="gemma", offset=1.0), rows(64, 1, parameters=1)),
+    "add_rms_norm": Op(add_rms_norm, rows(64, 2, parameters=1), kept=(1,)),
     "layer_norm": Op(layer_norm, rows(64, 1, parameters=2)),
     "layer_norm-no-bias": Op(layer_norm, rows(64, 1, parameters=1)),
     "swiglu": Op(swiglu, rows(96, 2)),
@@ -77,6 +90,14 @@ OPS = {
     "geglu-erf": Op(lambda gate, up: geglu(gate, up, "none"), rows(96, 2)),
     "rotary": Op(rotary, heads(64, token_major=True), constants=(2, 3)),
     "rotary-partial": Op(rotary, heads(16, token_major=False), constants=(2, 3)),
+    "qk_norm_rotary": Op(
+        lambda *inputs: qk_norm_rotary(*inputs, unsqueeze_dim=1), heads_and_weights(64, True), constants=(4, 5)
+    ),
+    "qk_norm_rotary-gemma-partial": Op(
+        lambda *inputs: qk_norm_rotary(*inputs, unsqueeze_dim=1, cast="gemma", offset=1.0),
+        heads_and_weights(16, False),
+        constants=(4, 5),
+    ),
 }
 
 
@@ -175,9 +196,14 @@ def test_outputs_are_no_views_and_may_be_changed_in_place(op, device, path):
     storages = {t.untyped_storage().data_ptr() for t in inputs}
     assert not any(y.untyped_storage().data_ptr() in storages for y in outputs)
     if path == "kernel":
-        for y in outputs:
-            y.detach().zero_()
-        assert_same(torch.autograd.grad(outputs, op.leaves(inputs), upstream), expected)
+        for i, y in enumerate(outputs):
+            if i not in op.kept:
+                y.detach().zero_()
+        assert_same(torch.autograd.grad(outputs, op.leaves(inputs), upstream, retain_graph=True), expected)
+        for i in op.kept:
+            outputs[i].detach().zero_()
+            with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                torch.autograd.grad(outputs, op.leaves(inputs), upstream, retain_graph=True)
 
 
 def test_no_tokens(op, device, path):

@@ -1,11 +1,24 @@
 """The ops, each usable alone on any model's tensors."""
 
+from liger.ops.add_rms_norm import add_rms_norm
 from liger.ops.cross_entropy import cross_entropy
 from liger.ops.geglu import geglu
 from liger.ops.layer_norm import layer_norm
 from liger.ops.linear_cross_entropy import linear_cross_entropy
+from liger.ops.qk_norm_rotary import qk_norm_rotary
 from liger.ops.rms_norm import rms_norm
 from liger.ops.rotary import rotary, rotary_one
 from liger.ops.swiglu import swiglu
 
-__all__ = ["cross_entropy", "geglu", "layer_norm", "linear_cross_entropy", "rms_norm", "rotary", "rotary_one", "swiglu"]
+__all__ = [
+    "add_rms_norm",
+    "cross_entropy",
+    "geglu",
+    "layer_norm",
+    "linear_cross_entropy",
+    "qk_norm_rotary",
+    "rms_norm",
+    "rotary",
+    "rotary_one",
+    "swiglu",
+]

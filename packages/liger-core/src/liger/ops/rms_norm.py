@@ -14,6 +14,8 @@ All of it runs in fp32. `cast` says where the forward rounds:
 
 Only `x` and `weight` are kept for backward, which computes `r` again from the row that it reads anyway. The weight's
 gradient is summed by a fixed number of programs, each over its own rows, and then over the programs: see `column_sums`.
+
+The kernels also take a residual and its gradient, for `add_rms_norm`: they are read and added where they are given.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ from liger.ops.launch import jit, launch, next_power_of_2, runs_kernels, sm_coun
 
 Cast = Literal["llama", "gemma"]
 
-_MAX_COLUMNS = 65536
+MAX_COLUMNS = 65536
 _SHORT = 1024  # rows up to this many columns are taken several at a time
 
 
@@ -50,8 +52,8 @@ def reference(
 
 @jit(varying=("rows",))
 def _forward_kernel(
-    x, weight, y, rows, columns, eps, OFFSET: tl.constexpr, LLAMA: tl.constexpr, HAS_WEIGHT: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
+    x, residual, weight, y, total, rows, columns, eps, OFFSET: tl.constexpr, LLAMA: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr, HAS_WEIGHT: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     column = tl.arange(0, BLOCK_COLUMNS)
@@ -59,6 +61,10 @@ def _forward_kernel(
     inside = (row < rows)[:, None] & (column < columns)[None, :]
 
     x_in = tl.load(x + at, mask=inside, other=0.0)
+    if HAS_RESIDUAL:
+        added = tl.load(residual + at, mask=inside, other=0.0).to(tl.float32)
+        x_in = (x_in.to(tl.float32) + added).to(total.dtype.element_ty)
+        tl.store(total + at, x_in, mask=inside)
     x32 = x_in.to(tl.float32)
     r = tl.rsqrt((tl.sum(x32 * x32, axis=1) / columns + eps).to(tl.float32))  # inductor hands eps over in fp64
     out = x32 * r[:, None]
@@ -72,9 +78,9 @@ def _forward_kernel(
 
 @jit(varying=("rows",))
 def _backward_kernel(
-    dy, x, weight, dx, dw, rows, columns, eps, OFFSET: tl.constexpr, NEEDS_DX: tl.constexpr,
-    HAS_WEIGHT: tl.constexpr, NEEDS_DW: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
-    STAGES: tl.constexpr,
+    dy, dtotal, x, weight, dx, dw, rows, columns, eps, OFFSET: tl.constexpr, HAS_DTOTAL: tl.constexpr,
+    NEEDS_DX: tl.constexpr, HAS_WEIGHT: tl.constexpr, NEEDS_DW: tl.constexpr, BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK_COLUMNS)
@@ -98,6 +104,8 @@ def _backward_kernel(
                 g = g * scale[None, :]
             projection = tl.sum(g * x_hat, axis=1) / columns
             out = r[:, None] * (g - x_hat * projection[:, None])
+            if HAS_DTOTAL:
+                out += tl.load(dtotal + at, mask=inside, other=0.0).to(tl.float32)
             tl.store(dx + at, out.to(dx.dtype.element_ty), mask=inside)
 
     if NEEDS_DW:
@@ -112,29 +120,41 @@ def _tile(columns: int, backward: bool) -> tuple[int, int, int]:
     return (max(8192 // block_columns, 1) if backward else 1), block_columns, 8 if block_columns <= 16384 else 32
 
 
-def _launch_forward(x: Tensor, weight: Tensor | None, eps: float, offset: float, cast: Cast) -> Tensor:
+def launch_forward(
+    x: Tensor, residual: Tensor | None, weight: Tensor | None, eps: float, offset: float, cast: Cast
+) -> tuple[Tensor, Tensor | None]:
+    """The norm of x, or of x + residual and that sum as well. All contiguous."""
     columns = x.shape[-1]
     rows = x.numel() // columns
-    dtype = x.dtype if weight is None or cast == "gemma" else torch.promote_types(x.dtype, weight.dtype)
+    total = None
+    dtype = x.dtype
+    if residual is not None:
+        dtype = torch.promote_types(dtype, residual.dtype)
+        total = torch.empty_like(x, dtype=dtype)
+    if weight is not None and cast == "llama":
+        dtype = torch.promote_types(dtype, weight.dtype)
     y = torch.empty_like(x, dtype=dtype)
     block_rows, block_columns, warps = _tile(columns, backward=False)
     if rows:
         launch(
-            _forward_kernel, (-(-rows // block_rows),), x, weight, y, rows, columns, eps,
-            OFFSET=offset, LLAMA=cast == "llama", HAS_WEIGHT=weight is not None,
+            _forward_kernel, (-(-rows // block_rows),), x, residual, weight, y, total, rows, columns, eps,
+            OFFSET=offset, LLAMA=cast == "llama", HAS_RESIDUAL=residual is not None, HAS_WEIGHT=weight is not None,
             BLOCK_ROWS=block_rows, BLOCK_COLUMNS=block_columns, num_warps=warps,
         )  # fmt: skip
-    return y
+    return y, total
 
 
-def _launch_backward(
-    dy: Tensor, x: Tensor, weight: Tensor | None, eps: float, offset: float, needs_dx: bool, needs_dw: bool
-) -> tuple[Tensor | None, Tensor | None]:
+def launch_backward(
+    dy: Tensor, dtotal: Tensor | None, x: Tensor, weight: Tensor | None, eps: float, offset: float,
+    needs_dx: bool, needs_dw: bool,
+) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
+    """The gradients of x, `dtotal` added, and of the weight. All contiguous."""
     columns = x.shape[-1]
     rows = x.numel() // columns
     block_rows, block_columns, warps = _tile(columns, backward=True)
-    # Two tensors of three tiles each in shared memory, with one program (two for short rows) to a multiprocessor.
-    stages = 3 if 6 * block_rows * block_columns * x.element_size() <= 200 * 1024 else 1
+    # Tiles of every tensor wait in shared memory, with one program (two for short rows) to a multiprocessor.
+    tile_bytes = dy.element_size() + x.element_size() + (0 if dtotal is None else dtotal.element_size())
+    stages = max(1, min(3, 200 * 1024 // (block_rows * block_columns * tile_bytes)))
     programs = -(-rows // block_rows)
     if needs_dw:
         programs = min(programs, (2 if columns <= _SHORT else 1) * sm_count(x))
@@ -142,9 +162,9 @@ def _launch_backward(
     dw = torch.empty(programs, columns, dtype=torch.float32, device=x.device) if needs_dw else None
     if rows:
         launch(
-            _backward_kernel, (programs,), dy, x, weight, dx, dw, rows, columns, eps,
-            OFFSET=offset, NEEDS_DX=needs_dx, HAS_WEIGHT=weight is not None, NEEDS_DW=needs_dw,
-            BLOCK_ROWS=block_rows, BLOCK_COLUMNS=block_columns, STAGES=stages, num_warps=warps,
+            _backward_kernel, (programs,), dy, dtotal, x, weight, dx, dw, rows, columns, eps,
+            OFFSET=offset, HAS_DTOTAL=dtotal is not None, NEEDS_DX=needs_dx, HAS_WEIGHT=weight is not None,
+            NEEDS_DW=needs_dw, BLOCK_ROWS=block_rows, BLOCK_COLUMNS=block_columns, STAGES=stages, num_warps=warps,
         )  # fmt: skip
     return dx, None if dw is None or weight is None else column_sums(dw, weight.dtype)
 
@@ -155,14 +175,14 @@ class _RMSNorm(torch.autograd.Function):
         x, weight = x.contiguous(), None if weight is None else weight.contiguous()
         ctx.save_for_backward(x, weight)
         ctx.eps, ctx.offset = eps, offset
-        return _launch_forward(x, weight, eps, offset, cast)
+        return launch_forward(x, None, weight, eps, offset, cast)[0]
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         needs_dx, needs_dw = ctx.needs_input_grad[:2]
-        dx, dw = _launch_backward(dy.contiguous(), x, weight, ctx.eps, ctx.offset, needs_dx, needs_dw)
+        dx, dw = launch_backward(dy.contiguous(), None, x, weight, ctx.eps, ctx.offset, needs_dx, needs_dw)
         return dx, dw, None, None, None
 
 
@@ -185,19 +205,24 @@ def rms_norm(
         ValueError: `weight` has another shape or device than x's last dimension, or `cast` is unknown.
         TypeError: `x` or `weight` is not a floating-point tensor.
     """
+    check(x, weight, cast, "rms_norm")
+    if runs_kernels(x) and 0 < x.shape[-1] <= MAX_COLUMNS:
+        return _RMSNorm.apply(x, weight, eps, offset, cast)
+    return reference(x, weight, eps, offset=offset, cast=cast)
+
+
+def check(x: Tensor, weight: Tensor | None, cast: str, op: str) -> None:
+    """Raise what `rms_norm` raises, in the name of `op`."""
     if not x.is_floating_point():
-        raise TypeError(f"rms_norm: x must have a floating-point dtype, not {x.dtype}")
+        raise TypeError(f"{op}: x must have a floating-point dtype, not {x.dtype}")
     if cast not in ("llama", "gemma"):
-        raise ValueError(f"rms_norm: cast must be 'llama' or 'gemma', not {cast!r}")
+        raise ValueError(f"{op}: cast must be 'llama' or 'gemma', not {cast!r}")
     if weight is not None:
         if weight.shape != x.shape[-1:]:
             raise ValueError(
-                f"rms_norm: weight has shape {tuple(weight.shape)}, expected x's last dimension {tuple(x.shape[-1:])}"
+                f"{op}: weight has shape {tuple(weight.shape)}, expected x's last dimension {tuple(x.shape[-1:])}"
             )
         if weight.device != x.device:
-            raise ValueError(f"rms_norm: weight is on {weight.device}, expected x's device {x.device}")
+            raise ValueError(f"{op}: weight is on {weight.device}, expected x's device {x.device}")
         if not weight.is_floating_point():
-            raise TypeError(f"rms_norm: weight must have a floating-point dtype, not {weight.dtype}")
-    if runs_kernels(x) and 0 < x.shape[-1] <= _MAX_COLUMNS:
-        return _RMSNorm.apply(x, weight, eps, offset, cast)
-    return reference(x, weight, eps, offset=offset, cast=cast)
+            raise TypeError(f"{op}: weight must have a floating-point dtype, not {weight.dtype}")
