@@ -1,0 +1,98 @@
+"""The contract for Gemma 4's text model: experts beside MLPs, shared keys and values, heads of two sizes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import Gemma4TextConfig
+from transformers.models.gemma4 import modeling_gemma4
+
+import liger
+from liger.testing import TINY, AdapterContract
+from liger.testing.parity import assert_same_step, in_fp64
+from liger.testing.tiny import batch, build
+from liger_gemma import apply_liger_kernel_to_gemma4, gemma4
+
+CONFIG = {
+    **TINY,
+    "rms_norm_eps": 1e-3,
+    "final_logit_softcapping": 2.0,
+    "sliding_window": 4,
+    "num_hidden_layers": 3,
+    "layer_types": ["sliding_attention", "full_attention", "full_attention"],
+    "num_kv_shared_layers": 1,
+    "use_double_wide_mlp": True,
+    "attention_k_eq_v": True,
+    "global_head_dim": 24,
+    "num_global_key_value_heads": 1,
+    "vocab_size_per_layer_input": 99,
+    "hidden_size_per_layer_input": 8,
+    "enable_moe_block": True,
+    "num_experts": 4,
+    "top_k_experts": 2,
+    "moe_intermediate_size": 40,
+}
+
+
+class TestGemma4(AdapterContract):
+    adapter = gemma4
+
+    def config(self):
+        """Each token goes to every expert: where two compete, a rounding decides, and no two bf16 models agree."""
+        return Gemma4TextConfig(**{**CONFIG, "top_k_experts": CONFIG["num_experts"]})
+
+    def model(self, device, dtype=torch.float32, cls=None):
+        """With scales of the layers' outputs that are not one, and attention that is not near a choice of one key."""
+        model = super().model(device, dtype, cls)
+        for module in model.modules():
+            if hasattr(module, "layer_scalar"):
+                module.layer_scalar.fill_(0.75)
+            if hasattr(module, "q_norm"):
+                module.q_norm.weight.data.mul_(0.25)
+        return model
+
+
+def test_what_is_swapped_where(device):
+    patched = build(modeling_gemma4.Gemma4ForCausalLM, Gemma4TextConfig(**CONFIG), device)
+    swapped = apply_liger_kernel_to_gemma4(patched).swapped
+    assert {s.name for s in swapped if s.kind == "experts"} == {f"model.layers.{i}.experts" for i in range(3)}
+    assert {s.name for s in swapped if s.kind == "mlp"} == {f"model.layers.{i}.mlp" for i in range(3)}
+    norms = {s.name for s in swapped if s.kind == "norm"}
+    weightless = {name for name in norms if not dict(patched.get_submodule(name).named_parameters())}
+    values = {f"model.layers.{i}.self_attn.v_norm" for i in (0, 1)}
+    assert weightless == values | {f"model.layers.{i}.router.norm" for i in range(3)}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"enable_moe_block": False, "final_logit_softcapping": None},
+        {"hidden_size_per_layer_input": 0, "attention_k_eq_v": False, "num_kv_shared_layers": 0},
+    ],
+    ids=["routed", "dense, no softcap", "nothing shared"],
+)
+def test_other_configs(device, path, options):
+    config = Gemma4TextConfig(**{**CONFIG, **options})
+    stock, patched = (build(modeling_gemma4.Gemma4ForCausalLM, config, device) for _ in range(2))
+    assert not apply_liger_kernel_to_gemma4(patched).declined
+    assert_same_step(patched, stock, in_fp64(stock), batch(config.vocab_size, device))
+
+
+def test_the_last_logits_alone(device):
+    """The backbone may drop all positions but these before its last layers."""
+    config = Gemma4TextConfig(**CONFIG)
+    model = build(modeling_gemma4.Gemma4ForCausalLM, config, device).eval()
+    inputs = {"input_ids": batch(config.vocab_size, device)["input_ids"], "logits_to_keep": 2}
+    expected = model(**inputs).logits
+    liger.apply(model)
+    torch.testing.assert_close(model(**inputs).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_experts_that_are_dispatched_one_by_one_are_declined(device):
+    config = Gemma4TextConfig(**CONFIG)
+    model = build(modeling_gemma4.Gemma4ForCausalLM, config, device)
+    model.set_experts_implementation("eager")
+    assert {d.cls for d in liger.apply(model).declined} == {"Gemma4TextExperts"}
+    with pytest.raises(ValueError, match="experts=True was asked for and can be applied nowhere"):
+        liger.apply(build(modeling_gemma4.Gemma4ForCausalLM, model.config, device), experts=True)
