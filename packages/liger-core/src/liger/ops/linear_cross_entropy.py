@@ -35,7 +35,7 @@ CPU_CHUNK_BYTES = 8 * 2**20
 """The same on a CPU, where the reference makes several tensors of a chunk's size."""
 
 _TILE = 128  # rows that the matmuls work on at once
-_ROWS_PER_UPDATE = 1024  # rows whose product with x takes longer than reading and writing dW
+_ROWS_PER_UPDATE = 1280  # rows whose product with x takes longer than reading and writing dW
 _UPDATES = 8  # rounding dW this often leaves its error within the error rule
 
 
@@ -45,7 +45,7 @@ def chunks(
     """(start, stop) of every chunk of rows, all of a size within one tile of 128 rows.
 
     A chunk takes at most `chunk_bytes` (CHUNK_BYTES). Where dW is computed, every chunk reads, adds to and rounds all
-    of dW: there it may take as much memory as dW does, if it needs that for 1024 rows, or for 8 chunks in all.
+    of dW: there it may take as much memory as dW does, if it needs that for 1280 rows, or for 8 chunks in all.
     """
     most = (chunk_bytes or CHUNK_BYTES) // (columns * itemsize)
     if weight_gradient_bytes:

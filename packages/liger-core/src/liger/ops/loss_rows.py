@@ -120,22 +120,38 @@ def _capped(x, logit_scale, softcap, HAS_SCALE: tl.constexpr, HAS_SOFTCAP: tl.co
 
 
 @jit(varying=())
-def _fold(z, peak, total):
-    """Take a tile into every lane's maximum, and its sum of exponentials relative to it."""
+def _fold(
+    logits, column, columns, peak, total, z_sum, logit_scale, softcap, HAS_SMOOTHING: tl.constexpr,
+    HAS_SCALE: tl.constexpr, HAS_SOFTCAP: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Take a tile into every lane's maximum, its sum of exponentials relative to it, and its sum."""
+    inside = column < columns if MASKED else None
+    x = tl.load(logits + column, mask=inside, other=0.0 if MASKED else None, eviction_policy="evict_last")
+    z = _capped(x, logit_scale, softcap, HAS_SCALE, HAS_SOFTCAP)
+    if HAS_SMOOTHING:
+        z_sum += tl.sum(tl.where(inside, z, 0.0) if MASKED else z, axis=0)
+    if MASKED:
+        z = tl.where(inside, z, float("-inf"))
     higher = tl.maximum(peak, tl.max(z, axis=0))
-    return higher, total * tl.exp(peak - higher) + tl.sum(tl.exp(z - higher[None, :]), axis=0)
+    return higher, total * tl.exp(peak - higher) + tl.sum(tl.exp(z - higher[None, :]), axis=0), z_sum
 
 
 @jit(varying=())
-def _slopes(z, top, slope, uniform, softcap, HAS_SMOOTHING: tl.constexpr, HAS_SOFTCAP: tl.constexpr):
-    """The gradient of a tile as if no column of it were the label."""
+def _differentiate(
+    logits, gradient, column, columns, top, slope, uniform, logit_scale, softcap, HAS_SMOOTHING: tl.constexpr,
+    HAS_SCALE: tl.constexpr, HAS_SOFTCAP: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Write the gradient of a tile as if no column of it were the label."""
+    inside = column < columns if MASKED else None
+    x = tl.load(logits + column, mask=inside, other=0.0 if MASKED else None, eviction_policy="evict_first")
+    z = _capped(x, logit_scale, softcap, HAS_SCALE, HAS_SOFTCAP)
     dx = tl.exp(z - top) * slope
     if HAS_SMOOTHING:
         dx -= uniform
     if HAS_SOFTCAP:
         t = z / softcap
         dx *= 1.0 - t * t
-    return dx
+    tl.store(gradient + column, dx.to(gradient.dtype.element_ty), mask=inside, eviction_policy="evict_first")
 
 
 @jit(varying=("target", "upstream", "denominator", "loss", "lse", "upstream_stride", "rows", "ignore_index"))
@@ -147,9 +163,7 @@ def _rows_kernel(
 ):  # fmt: skip
     # `gradient` may be `logits`: a program owns its row, and reads each tile before it writes it.
     tile = tl.arange(0, DEPTH)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
-    # The last tile stays in registers between the two readings, and is the only one that needs a mask.
-    last = (columns - 1) // (DEPTH * WIDTH) * (DEPTH * WIDTH)
-    inside = last + tile < columns
+    whole = columns // (DEPTH * WIDTH) * (DEPTH * WIDTH)  # up to here no tile needs a mask
     # inductor hands floats over in fp64
     label_smoothing, z_loss = tl.full((), label_smoothing, tl.float32), tl.full((), z_loss, tl.float32)
     softcap, logit_scale = tl.full((), softcap, tl.float32), tl.full((), logit_scale, tl.float32)
@@ -177,7 +191,6 @@ def _rows_kernel(
             if LSE_IS_KNOWN:
                 top = tl.load(lse + 2 * row)
                 above = tl.load(lse + 2 * row + 1)
-                x_last = tl.load(row_logits + last + tile, mask=inside, other=0.0)
             else:
                 # Each of WIDTH lanes keeps its own maximum and sum, over DEPTH elements that one thread holds: no
                 # exchange between threads until the row is read. The first maximum is finite, so that a lane of -inf
@@ -185,17 +198,16 @@ def _rows_kernel(
                 peak = tl.full((WIDTH,), -3.4028234663852886e38, dtype=tl.float32)
                 total = tl.zeros((WIDTH,), dtype=tl.float32)
                 z_sum = tl.zeros((WIDTH,), dtype=tl.float32)
-                for first in range(0, last, DEPTH * WIDTH):
-                    x = tl.load(row_logits + first + tile, eviction_policy="evict_last")
-                    z = _capped(x, logit_scale, softcap, HAS_SCALE, HAS_SOFTCAP)
-                    peak, total = _fold(z, peak, total)
-                    if HAS_SMOOTHING:
-                        z_sum += tl.sum(z, axis=0)
-                x_last = tl.load(row_logits + last + tile, mask=inside, other=0.0)
-                z = _capped(x_last, logit_scale, softcap, HAS_SCALE, HAS_SOFTCAP)
-                peak, total = _fold(tl.where(inside, z, float("-inf")), peak, total)
-                if HAS_SMOOTHING:
-                    z_sum += tl.sum(tl.where(inside, z, 0.0), axis=0)
+                for first in range(0, whole, DEPTH * WIDTH):
+                    peak, total, z_sum = _fold(
+                        row_logits, first + tile, columns, peak, total, z_sum, logit_scale, softcap,
+                        HAS_SMOOTHING, HAS_SCALE, HAS_SOFTCAP, MASKED=False,
+                    )  # fmt: skip
+                if whole < columns:
+                    peak, total, z_sum = _fold(
+                        row_logits, whole + tile, columns, peak, total, z_sum, logit_scale, softcap,
+                        HAS_SMOOTHING, HAS_SCALE, HAS_SOFTCAP, MASKED=True,
+                    )  # fmt: skip
                 top = tl.max(peak, axis=0)
                 above = tl.log(tl.sum(total * tl.exp(peak - top), axis=0))
                 value = top - z_label + above
@@ -216,21 +228,17 @@ def _rows_kernel(
                 gain = 1.0 + 2.0 * z_loss * (top + above)
                 slope = tl.exp(-above) * gain * factor
                 uniform = label_smoothing / columns * factor
-                z = _capped(x_last, logit_scale, softcap, HAS_SCALE, HAS_SOFTCAP)
-                dx = _slopes(z, top, slope, uniform, softcap, HAS_SMOOTHING, HAS_SOFTCAP)
-                tl.store(
-                    row_gradient + last + tile,
-                    dx.to(gradient.dtype.element_ty),
-                    mask=inside,
-                    eviction_policy="evict_first",
-                )
                 # Backwards: what was read last is still in the L2 cache, even where the row as a whole is not.
-                for done in range(0, last, DEPTH * WIDTH):
-                    at = last - done - DEPTH * WIDTH + tile
-                    x = tl.load(row_logits + at, eviction_policy="evict_first")
-                    z = _capped(x, logit_scale, softcap, HAS_SCALE, HAS_SOFTCAP)
-                    dx = _slopes(z, top, slope, uniform, softcap, HAS_SMOOTHING, HAS_SOFTCAP)
-                    tl.store(row_gradient + at, dx.to(gradient.dtype.element_ty), eviction_policy="evict_first")
+                if whole < columns:
+                    _differentiate(
+                        row_logits, row_gradient, whole + tile, columns, top, slope, uniform, logit_scale, softcap,
+                        HAS_SMOOTHING, HAS_SCALE, HAS_SOFTCAP, MASKED=True,
+                    )  # fmt: skip
+                for done in range(0, whole, DEPTH * WIDTH):
+                    _differentiate(
+                        row_logits, row_gradient, whole - done - DEPTH * WIDTH + tile, columns, top, slope, uniform,
+                        logit_scale, softcap, HAS_SMOOTHING, HAS_SCALE, HAS_SOFTCAP, MASKED=False,
+                    )  # fmt: skip
                 dz = tl.exp(z_label - top - above) * gain - label_smoothing / columns - (1.0 - label_smoothing)
                 if HAS_SOFTCAP:
                     dz *= 1.0 - (z_label / softcap) * (z_label / softcap)
