@@ -23,7 +23,7 @@ NO_GATE = "^has no gate"
 
 class TestPhi(AdapterContract):
     adapter = phi
-    declines: ClassVar = {"PhiMLP": NO_GATE}
+    declines: ClassVar = {"mlp": NO_GATE}
 
     def config(self):
         return PhiConfig(**CONFIG)

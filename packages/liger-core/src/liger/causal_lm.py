@@ -78,6 +78,8 @@ class CausalLM:
     def head_declines(self, model: Any) -> str | None:
         """Why the head must return its logits, or None. Asked when applied; `can_fuse` asks again at each call."""
         head = self.find_head(model)
+        if head is None:
+            return f"there is no {self.head}"
         # fully_shard derives a class of its own from the module's: look behind it.
         known = [cls for cls in type(head).__mro__ if not cls.__module__.startswith("torch.distributed.")]
         if known[0] is not nn.Linear:
@@ -101,15 +103,15 @@ class CausalLM:
             # A compiled graph cannot hold lazy logits, and an evaluation loop reads them: it gets the real ones.
             if torch.compiler.is_compiling() and not self.training:
                 return stock(self, *args, **kwargs)
-            head = spec.find_head(self)
             request = _LossRequest(labels, spec, spec.cap(self), kwargs)
-            setattr(self, _REQUEST, request)
-            setattr(head, _REQUEST, request)
+            asked = [part for part in (self, spec.find_head(self)) if part is not None]
+            for part in asked:
+                setattr(part, _REQUEST, request)
             try:
                 output = stock(self, *args, **kwargs)
             finally:
-                delattr(self, _REQUEST)
-                delattr(head, _REQUEST)
+                for part in asked:
+                    delattr(part, _REQUEST)
             return request.with_lazy_logits(output)
 
         def loss_function(self: nn.Module) -> Callable[..., Tensor]:

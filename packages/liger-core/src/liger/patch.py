@@ -206,7 +206,7 @@ def _plan_loss(patch: Patch, spec: CausalLM, name: str, model: nn.Module, cls: t
     head = spec.find_head(model)
     head_name = f"{name}.{spec.head}".lstrip(".")
     runs = "cross_entropy of the logits"
-    if loss == "linear" and declined is None and head is not None:
+    if loss == "linear" and declined is None:
         reason = spec.head_declines(model)
         if reason is None:
             runs = "the loss of its head"
