@@ -15,22 +15,47 @@ from typing import Any
 import torch
 
 from benchmarks.cases import CASES, Case
+from benchmarks.experts import all_experts
 from benchmarks.measure import Record, copy_tb_s, measure_or_say_why, product_tflop_s
 from benchmarks.peers import NAMES
-from benchmarks.step import WAYS, training_steps
+from benchmarks.step import MODELS, WAYS, training_steps
 
 OPS = tuple(dict.fromkeys(case.op for case in CASES))
 
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description="What every op costs, beside its peers.")
-    parser.add_argument("--op", action="append", choices=[*OPS, "step"], help="may be repeated; all ops without it")
-    parser.add_argument("--peer", action="append", choices=[*NAMES, *WAYS], help="may be repeated; all without it")
+    parser.add_argument(
+        "--op", action="append", choices=[*OPS, "experts", "step"], help="may be repeated; all ops without it"
+    )
+    parser.add_argument(
+        "--peer", action="append", choices=list(dict.fromkeys([*NAMES, *WAYS])), help="may be repeated; all without it"
+    )
+    parser.add_argument("--model", action="append", choices=list(MODELS), help="for --op step; all that fit without it")
     parser.add_argument("--quick", action="store_true", help="each op at its first shape")
     parser.add_argument("--tiny", action="store_true", help="sizes that prove the program runs, and nothing else")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--json", type=Path, help="write every figure to this file, after every case")
+    parser.add_argument("--add", action="store_true", help="keep what else the file holds; the same machine's only")
     return parser.parse_args()
+
+
+def _kept(file: Path, device: str) -> dict[str, Any]:
+    """What an earlier run wrote there: its cases, experts and steps."""
+    if not file.exists():
+        return {}
+    earlier: dict[str, Any] = json.loads(file.read_text("utf-8"))
+    if earlier["device"] != device:
+        raise SystemExit(f"--add: {file} is of {earlier['device']}, this is {device}")
+    return {key: earlier[key] for key in ("cases", "experts", "steps") if key in earlier}
+
+
+def _with_case(cases: list[Record], case: Record) -> list[Record]:
+    """`cases` in the order of CASES, with `case` in the place of what they had of its op and shape."""
+    order = [(case.op, case.shape) for case in CASES]
+    kept = [other for other in cases if (other["op"], other["shape"]) != (case["op"], case["shape"])]
+    known = {key: place for place, key in enumerate(order)}
+    return sorted([*kept, case], key=lambda other: known.get((other["op"], other["shape"]), len(order)))
 
 
 def _versions() -> dict[str, str]:
@@ -83,10 +108,13 @@ def main() -> None:
         "versions": _versions(),
         "not_installed": absent,
     }
-    results: dict[str, Any] = {**machine, "cases": [], "steps": {}}
+    results: dict[str, Any] = {**machine, "cases": [], "experts": [], "steps": {}}
+    if options.add and options.json:
+        results.update(_kept(options.json, machine["device"]))
     print(*(f"{key}: {value}" for key, value in machine.items()), sep="\n", flush=True)
 
-    def save() -> None:
+    def save(**measured: Any) -> None:
+        results.update(measured)
         if options.json:
             options.json.parent.mkdir(parents=True, exist_ok=True)
             options.json.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -105,11 +133,13 @@ def main() -> None:
                 measured[name] = measure_or_say_why(case, name, device)
                 print(_line(case, name, measured[name]), flush=True)
         floor = None if options.tiny else _floor_ms(case, machine)
-        results["cases"].append({"op": case.op, "shape": case.shape, "floor_ms": floor, "peers": measured})
-        save()
+        record = {"op": case.op, "shape": case.shape, "floor_ms": floor, "peers": measured}
+        save(cases=_with_case(results["cases"], record))
+    if "experts" in ops:
+        all_experts(device, options.tiny, lambda measured: save(experts=measured))
     if "step" in ops:
-        ways = [way for way in WAYS if not options.peer or way in options.peer]
-        results["steps"] = training_steps(device, ways, options.tiny, steps=5 if options.quick else 15)
+        steps = results["steps"]
+        training_steps(device, options.model, options.peer, options.tiny, lambda new: save(steps={**steps, **new}))
     save()
     print(f"{time.perf_counter() - began:.0f} s", flush=True)
 

@@ -45,7 +45,7 @@ def wall_ms(call: Callable[[], Any], device: torch.device) -> float:
     if device.type == "cuda":
         from triton.testing import do_bench
 
-        return float(do_bench(call, return_mode="median"))
+        return float(do_bench(call, warmup=10, rep=50, return_mode="median"))
     call()
     times = []
     for _ in range(5):

@@ -10,7 +10,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+from benchmarks.experts import OURS, STOCK
 from benchmarks.peers import NAMES
+from benchmarks.step import WAYS
 
 RESULTS = Path(__file__).parent / "results"
 README = Path(__file__).parent.parent / "README.md"
@@ -59,11 +61,33 @@ def _hosts(results: dict[str, Any], names: list[str]) -> list[str]:
 
 
 def _steps(results: dict[str, Any]) -> list[str]:
-    lines = _head(["", "tokens per second", "peak GiB"], words=1)
-    for way, record in results["steps"].items():
-        failed = "failed" in record
-        tokens, peak = ("fails", "") if failed else (f"{record['tokens_per_second']:,.0f}", f"{record['peak_gib']:.1f}")
-        lines.append(_row([way, tokens, peak]))
+    models = results["steps"].values()
+    ways = [way for way in WAYS if any(way in model["ways"] for model in models)]
+    lines = _head(["model", *ways], words=1)
+    for model in models:
+        lines.append(_row([model["title"], *(_step(model["ways"].get(way)) for way in ways)]))
+    return lines
+
+
+def _step(record: dict[str, Any] | None) -> str:
+    if record is None or "not_installed" in record:
+        return "–"
+    if "failed" in record:
+        return "fails"
+    return f"{record['tokens_per_second']:,.0f} / {record['peak_gib']:.1f}"
+
+
+def _experts(results: dict[str, Any]) -> list[str]:
+    figures = {"gpu_ms": "{:.2f}", "gate_ms": "{:.3f}", "peak_mib": "{:,.0f}"}
+    names = [f"{what}, {who}" for what in ("all", "activation", "MiB") for who in ("stock", "liger")]
+    lines = _head(["experts", *names], words=1)
+    for layer in results["experts"]:
+        measured = STOCK in layer
+        cells = [
+            form.format(layer[way][key]) if measured else "–" for key, form in figures.items() for way in (STOCK, OURS)
+        ]
+        reason = "" if measured else " (fails)" if "failed" in layer else f" (without {layer['not_installed']})"
+        lines.append(_row([f"{layer['model']}: {layer['shape']}{reason}", *cells]))
     return lines
 
 
@@ -79,9 +103,15 @@ def section(results: dict[str, Any]) -> str:
             "Microseconds of host time for forward + backward at tiny sizes:",
             "\n".join(_hosts(results, names)),
         ]
+    if results.get("experts"):
+        parts += [
+            "The experts of one layer, GPU milliseconds of forward + backward with transformers' `grouped_mm`, "
+            "their activation alone, and peak MiB:",
+            "\n".join(_experts(results)),
+        ]
     if results["steps"]:
         parts += [
-            "Training a LLaMA of 1B parameters (16 layers, hidden size 2048, vocabulary 128,256) on 4 × 4096 tokens:",
+            "Training steps with fused AdamW in bf16: tokens per second / peak GiB:",
             "\n".join(_steps(results)),
         ]
     return "\n\n".join(parts)

@@ -93,6 +93,7 @@ def test_the_tables_show_failures_and_absent_peers():
     from benchmarks.table import section
 
     record = {"gpu_ms": 1.25, "peak_mib": 1234.0, "host_us": 77.7}
+    figures = {"gpu_ms": 31.25, "gate_ms": 0.5, "peak_mib": 1234.0}
     peers = {"eager": record, "compile": {"failed": "RuntimeError: x"}}
     shown = section({
         "device": "A GPU",
@@ -101,8 +102,86 @@ def test_the_tables_show_failures_and_absent_peers():
             {"op": "cross_entropy", "shape": "2×3", "floor_ms": 0.5, "peers": peers},
             {"op": "swiglu", "shape": "2×3", "floor_ms": 0.5, "peers": {"eager": record, "liger": record}},
         ],
-        "steps": {"eager": {"tokens_per_second": 45938.0, "peak_gib": 61.2}, "compile": {"failed": "x"}},
+        "experts": [
+            {"model": "A", "shape": "8 experts", "grouped_mm": figures, "grouped_mm + liger": figures},
+            {"model": "B", "shape": "9 experts", "not_installed": "liger-b"},
+            {"model": "C", "shape": "7 experts", "failed": "RuntimeError: x"},
+        ],
+        "steps": {
+            "llama-1b": {
+                "title": "Llama",
+                "ways": {
+                    "eager": {"tokens_per_second": 45938.0, "peak_gib": 61.2},
+                    "liger": {"not_installed": "liger-llama"},
+                    "compile": {"failed": "x"},
+                },
+            },
+        },
     })  # fmt: skip
     assert "| cross_entropy | 2×3 | 0.5 | 1.250 / 1,234 | fails | – |" in shown
     assert "| swiglu | 2×3 | 0.5 | 1.250 | – | 1.250 |" in shown
-    assert "| eager | 45,938 | 61.2 |" in shown
+    assert "| A: 8 experts | 31.25 | 31.25 | 0.500 | 0.500 | 1,234 | 1,234 |" in shown
+    assert "| B: 9 experts (without liger-b) | – |" in shown
+    assert "| C: 7 experts (fails) | – |" in shown
+    assert "| model | eager | compile | liger |" in shown
+    assert "| Llama | 45,938 / 61.2 | fails | – |" in shown
+
+
+def test_experts_run_stock_and_ours():
+    from benchmarks.experts import OURS, STOCK, all_experts
+
+    saved = []
+    results = all_experts(torch.device("cpu"), tiny=True, save=lambda so_far: saved.append(len(so_far)))
+    assert saved == [1, 2]
+    for layer in results:
+        assert layer[STOCK]["wall_ms"] > 0, layer
+        assert layer[OURS]["wall_ms"] > 0, layer
+        assert 0 < layer["difference"] < 0.01, "another rounding of the same formulas, so something was swapped"
+
+
+def test_steps_name_what_is_not_installed_and_leave_liger_kernel_for_the_end(monkeypatch):
+    from benchmarks import step
+
+    def attempt(model, way, device, tiny):
+        done.append(way)
+        return {"failed": "not run"}
+
+    done = []
+    monkeypatch.setattr(step, "_attempt", attempt)
+    names = ["llama-1b", "qwen3-1.7b"]
+    results = step.training_steps(torch.device("cpu"), names)
+    assert list(results) == names
+    assert done[-2:] == ["liger-kernel"] * 2
+    assert "liger-kernel" not in done[:-2]
+
+    monkeypatch.undo()
+    monkeypatch.setattr(step, "find_spec", lambda name: None)
+    assert step._attempt(step.MODELS["gemma2-2b"], "liger", torch.device("cpu"), True) == {
+        "not_installed": "liger-gemma"
+    }
+
+
+@pytest.mark.parametrize("name", ["llama-1b", "qwen3-1.7b", "gemma2-2b"])
+def test_a_tiny_model_takes_steps(name):
+    from benchmarks.step import training_steps
+
+    ways = training_steps(torch.device("cpu"), [name], ["eager", "liger"], tiny=True)[name]["ways"]
+    assert [*ways] == ["eager", "liger"]
+    for way, record in ways.items():
+        assert record.get("tokens_per_second", 0) > 0, f"{way}: {record}"
+
+
+def test_a_run_can_be_added_to_a_file(tmp_path):
+    from benchmarks.__main__ import _kept, _with_case
+    from benchmarks.cases import CASES
+
+    file = tmp_path / "a.json"
+    assert _kept(file, "A GPU") == {}
+    file.write_text(json.dumps({"device": "A GPU", "cases": [1], "steps": {"a": 2}, "versions": {}}), "utf-8")
+    assert _kept(file, "A GPU") == {"cases": [1], "steps": {"a": 2}}
+    with pytest.raises(SystemExit, match="is of A GPU"):
+        _kept(file, "another")
+
+    first, second = ({"op": case.op, "shape": case.shape, "peers": {}} for case in CASES[:2])
+    again = {**first, "peers": {"eager": {}}}
+    assert _with_case(_with_case([second], first), again) == [again, second]
