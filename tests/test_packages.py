@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 import sys
 from importlib.metadata import entry_points, metadata, requires, version
@@ -12,6 +13,7 @@ from packaging.requirements import Requirement
 from packaging.version import Version
 
 import liger
+from liger import discover
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -20,7 +22,9 @@ else:
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = sorted(path.parent for path in ROOT.glob("packages/*/pyproject.toml"))
+FAMILIES = [package for package in PACKAGES if package.name != "liger-core"]
 each_package = pytest.mark.parametrize("package", PACKAGES, ids=lambda path: path.name)
+each_family = pytest.mark.parametrize("package", FAMILIES, ids=lambda path: path.name)
 
 
 def toml(path):
@@ -30,6 +34,29 @@ def toml(path):
 def source(package):
     (folder,) = (path.parent for path in package.glob("src/*/__about__.py"))
     return folder
+
+
+def environments():
+    """The environments of hatch.toml, each with what it takes from its template."""
+    stated = toml(ROOT / "hatch.toml")["envs"]
+    return {name: {**stated.get(table.get("template"), {}), **table} for name, table in stated.items()}
+
+
+@each_package
+def test_a_package_is_one_import_name_and_says_what_it_is(package):
+    name = "liger" if package.name == "liger-core" else package.name.replace("-", "_")
+    assert [path.parent.name for path in package.glob("src/*/__init__.py")] == [name]
+    stated = toml(package / "pyproject.toml")
+    assert stated["project"]["name"] == package.name
+    assert stated["tool"]["hatch"]["build"]["targets"]["wheel"]["packages"] == [f"src/{name}"]
+    assert stated["tool"]["hatch"]["version"]["path"] == f"src/{name}/__about__.py"
+    assert importlib.import_module(name).__version__ == version(package.name)
+    said = metadata(package.name)
+    assert said["Name"] == package.name
+    assert said["Summary"] == stated["project"]["description"]
+    assert said["Requires-Python"] == ">=3.10"
+    assert said["Description-Content-Type"] == "text/markdown"
+    assert package.name in stated["project"]["urls"]["Changelog"]
 
 
 @each_package
@@ -76,6 +103,51 @@ def test_entry_points_are_installed_and_load(package):
         assert adapter.modeling.startswith(f"transformers.models.{name}."), "the key is transformers' name of the model"
 
 
+@each_family
+def test_each_adapter_of_a_family_has_an_entry_point_and_a_function(package):
+    family = importlib.import_module(source(package).name)
+    adapters = {name: value for name, value in vars(family).items() if isinstance(value, liger.Adapter)}
+    stated = toml(package / "pyproject.toml")["project"]["entry-points"]["liger.adapters"]
+    assert stated == {value.key: f"{family.__name__}:{name}" for name, value in adapters.items()}
+    assert set(family.__all__) == {"__version__", *adapters, *(f"apply_liger_kernel_to_{name}" for name in adapters)}
+
+
+@each_family
+def test_a_family_that_is_not_installed_is_named(package):
+    for key in toml(package / "pyproject.toml")["project"]["entry-points"]["liger.adapters"]:
+        named = {family for word, family in discover._FAMILIES.items() if re.search(word, key)}
+        assert named == {package.name}, key
+
+
+@each_family
+def test_both_ends_of_the_range_of_transformers_are_tested(package):
+    (ours,) = (r for r in map(Requirement, requires(package.name) or []) if r.name == "transformers")
+    (floor,) = (Version(s.version) for s in ours.specifier if s.operator == ">=")
+    tested = {
+        name: Version(requirement.removeprefix("transformers=="))
+        for name in ("default", "floor")
+        for requirement in environments()[name]["extra-dependencies"]
+    }
+    assert (tested["floor"].major, tested["floor"].minor) == (floor.major, floor.minor)
+    assert ours.specifier.contains(tested["floor"])
+    assert ours.specifier.contains(tested["default"])
+    assert tested["floor"] < tested["default"]
+
+
+@each_package
+def test_readme_and_the_type_checker_know_every_package(package):
+    assert f"`{package.name}`" in (ROOT / "README.md").read_text("utf-8")
+    assert f"packages/{package.name}/src" in environments()["default"]["scripts"]["types"].split()
+
+
+@each_family
+def test_a_familys_readme_says_how_to_install_it_and_names_its_models(package):
+    readme = (package / "README.md").read_text("utf-8")
+    assert f"pip install {package.name}\n" in readme
+    for key in toml(package / "pyproject.toml")["project"]["entry-points"]["liger.adapters"]:
+        assert f"`{key}`" in readme.partition("```")[0], key
+
+
 @each_package
 def test_a_packages_tests_run_alone(package):
     tables = (toml(folder / "pyproject.toml")["tool"]["pytest"]["ini_options"] for folder in (package, ROOT))
@@ -85,10 +157,12 @@ def test_a_packages_tests_run_alone(package):
 
 
 def test_readmes_commands_exist():
-    scripts = toml(ROOT / "hatch.toml")["envs"]["default"]["scripts"]
+    scripts = environments()["default"]["scripts"]
     for page in ("README.md", "CONTRIBUTING.md", "benchmarks/README.md"):
-        used = set(re.findall(r"hatch run (\w+)", (ROOT / page).read_text("utf-8")))
-        assert used <= set(scripts), f"{page}: {used - set(scripts)}"
+        used = re.findall(r"hatch (?:-e (\w+) )?run (\w+)", (ROOT / page).read_text("utf-8"))
+        missing = {script for _, script in used} - set(scripts)
+        assert not missing, f"{page}: {missing}"
+        assert {name for name, _ in used if name} <= set(environments())
     assert {"demo", "test"} <= set(re.findall(r"^hatch run (\w+)$", (ROOT / "README.md").read_text("utf-8"), re.M))
 
 
@@ -108,7 +182,7 @@ def test_readmes_tree_is_the_repositorys():
     listed = set(listed_in_readme())
     missing = {path for path in listed if not (ROOT / path).exists()}
     assert not missing, f"README lists what does not exist: {missing}"
-    patterns = ("packages/*/src/**/*.py", "benchmarks/**/*.py", "examples/**/*.py")
+    patterns = ("packages/*/src/**/*.py", "benchmarks/**/*.py", "examples/**/*.py", "scripts/*.py")
     files = {str(path.relative_to(ROOT).as_posix()) for pattern in patterns for path in ROOT.glob(pattern)}
     assert not files - listed, f"README's tree lacks {files - listed}"
 
