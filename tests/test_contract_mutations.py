@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 import textwrap
 
+import pytest
+
 MUTANTS = {
     "WrongEps": "replace('LlamaRMSNorm', RMSNorm(eps='wrong_eps'))",
     "WrongOffset": "replace('LlamaRMSNorm', RMSNorm(eps='variance_epsilon', offset=1.0))",
@@ -78,3 +80,39 @@ def test_overriding_a_test_needs_a_reason(pytester):
         """
     )
     pytester.runpytest("-p", "liger.testing.plugin").assert_outcomes(passed=2)
+
+
+@pytest.mark.parametrize("outcome", ["failed", "xfailed"])
+def test_a_model_must_compile_where_the_stock_model_does(pytester, outcome):
+    """Transformers has models that do not: they are reported, and pass."""
+    pytester.makepyfile(
+        f"""
+        import dataclasses, torch
+        from transformers import LlamaConfig
+        from liger.ops import rotary
+        from liger.testing import TINY, AdapterContract
+        from liger_llama import llama
+
+        def breaking(q, k, cos, sin, unsqueeze_dim=1):
+            torch._dynamo.graph_break()
+            return rotary(q, k, cos, sin, unsqueeze_dim)
+
+        def stop(*_):
+            torch._dynamo.graph_break()
+
+        class TestBreaking(AdapterContract):
+            adapter = dataclasses.replace(llama, functions={{"apply_rotary_pos_emb": breaking}})
+
+            def config(self):
+                return LlamaConfig(**TINY)
+
+            def model(self, *args, **kwargs):
+                model = super().model(*args, **kwargs)
+                if {outcome == "xfailed"}:
+                    model.model.register_forward_pre_hook(stop)
+                return model
+        """
+    )
+    result = pytester.runpytest_subprocess("-p", "liger.testing.plugin", "-k", "compiles_as_one_graph")
+    counts = result.parseoutcomes()
+    assert {name for name in ("passed", "failed", "xfailed") if name in counts} == {outcome}

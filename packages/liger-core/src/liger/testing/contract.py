@@ -13,6 +13,7 @@ tested. A test may be overridden only by one marked `@pytest.mark.xfail(reason=.
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import pickle
 import re
@@ -178,6 +179,8 @@ class AdapterContract:
     def test_generate(self, device: torch.device) -> None:
         model = self.model(device).eval()
         prompt = self.inputs(model)["input_ids"]
+        if getattr(model.config, "output_router_logits", False):
+            model.config.output_router_logits = False  # transformers 5.17 cannot generate with them
         options = {"max_new_tokens": 4, "do_sample": False, "attention_mask": torch.ones_like(prompt)}
         before = model.generate(prompt, **options)
         self.apply(model)
@@ -252,12 +255,20 @@ class AdapterContract:
         stock, patched = self.model(device), self.model(device)
         self.apply(patched)
         exact, inputs = in_fp64(stock), self.inputs(stock)
-        patched(**inputs)  # transformers installs its recorders of router logits under a lock, which is not traced
+        for model in (stock, patched):
+            model(**inputs)  # transformers installs its recorders of router logits under a lock, which is not traced
         torch._dynamo.reset()
         # With inductor's decompositions: without them torch expects other strides of softplus_backward than it gets.
         backend = "inductor" if device.type == "cuda" else "aot_eager_decomp_partition"
-        compiled = torch.compile(patched, fullgraph=True, backend=backend)
-        assert_same_step(compiled, stock, exact, inputs)
+        compile = functools.partial(torch.compile, fullgraph=True, backend=backend)
+        try:
+            assert_same_step(compile(patched), stock, exact, inputs)
+        except torch._dynamo.exc.TorchDynamoException:
+            try:
+                compile(stock)(**inputs).loss.backward()
+            except torch._dynamo.exc.TorchDynamoException as error:
+                pytest.xfail(f"nor does the stock model: {error}")
+            raise
 
     def test_gradient_checkpointing_checkpoints(self, device: torch.device) -> None:
         stock, patched = self.model(device), self.model(device)
