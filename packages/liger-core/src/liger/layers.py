@@ -14,6 +14,7 @@ from torch import Tensor
 from liger.adapter import Kind, Layer
 from liger.ops import geglu, layer_norm, rms_norm, swiglu
 from liger.ops.rms_norm import Cast
+from liger.recompute import rebuildable
 
 __all__ = ["Experts", "FusedGatedMLP", "GatedMLP", "LayerNorm", "RMSNorm", "Stock"]
 
@@ -77,7 +78,7 @@ class RMSNorm(_Norm):
     def forward(self, module: Any, x: Tensor) -> Tensor:
         """The normalised `x`, (..., N)."""
         weight = getattr(module, "weight", None)
-        return rms_norm(x, weight, getattr(module, self.eps), offset=self.offset, cast=self.cast)
+        return rebuildable(rms_norm, x, weight, getattr(module, self.eps), offset=self.offset, cast=self.cast)
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,7 @@ class LayerNorm(_Norm):
 
     def forward(self, module: Any, input: Tensor) -> Tensor:
         """The normalised `input`, (..., N)."""
-        return layer_norm(input, module.weight, module.bias, getattr(module, self.eps))
+        return rebuildable(layer_norm, input, module.weight, module.bias, getattr(module, self.eps))
 
 
 @dataclass(frozen=True)
@@ -142,7 +143,7 @@ class _Gated(Layer):
         return f"holds {', '.join(sorted(children))}, not {', '.join(sorted(expected))}"
 
     def _gate(self, module: Any, gate: Tensor, up: Tensor) -> Tensor:
-        return _GATES[getattr(module.config, self.act)].op(gate, up)
+        return rebuildable(_GATES[getattr(module.config, self.act)].op, gate, up)
 
 
 @dataclass(frozen=True)

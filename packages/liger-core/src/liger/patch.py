@@ -6,6 +6,7 @@ What that subclass is stands in `subclass`. Nothing outside the model changes.
 from __future__ import annotations
 
 import inspect
+import itertools
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -16,19 +17,20 @@ from torch import nn
 
 from liger.adapter import Adapter, Kind
 from liger.discover import adapters_for
-from liger.subclass import Swappable, function_class, head_class, layer_class, model_class
+from liger.subclass import Swappable, function_class, head_class, layer_class, model_class, recompute_class
 
 if TYPE_CHECKING:
     from liger.causal_lm import CausalLM
 
 Loss = Literal["linear", "full"] | None
+Part = Kind | Literal["recompute"]
 
 
 class Swapped(NamedTuple):
     """One module that runs a kernel now: its name in the model, its class, and what it runs."""
 
     name: str
-    kind: Kind
+    kind: Part
     cls: str
     runs: str
 
@@ -37,7 +39,7 @@ class Declined(NamedTuple):
     """One module that keeps its own forward, and why."""
 
     name: str
-    kind: Kind
+    kind: Part
     cls: str
     reason: str
 
@@ -106,6 +108,7 @@ class _DefaultLoss(str):
 TRUE: Any = _Default(1)
 LINEAR: Any = _DefaultLoss("linear")
 _FUSED = "linear_cross_entropy"
+_RECOMPUTES = "the outputs of its norms and gated activations are not kept, but computed again in backward"
 
 
 def apply(
@@ -116,6 +119,7 @@ def apply(
     mlp: bool = TRUE,
     experts: bool = TRUE,
     loss: Loss = LINEAR,
+    recompute: bool = False,
 ) -> Patch:
     """Put the kernels into a Hugging Face model that is already built, found by the classes it is made of.
 
@@ -130,6 +134,8 @@ def apply(
         experts: those of the mixtures of experts, inside transformers' own dispatch; router and auxiliary loss stay.
         loss: "linear", the head and its loss in one, without the whole logits; "full", the model's logits with a fused
             cross entropy; None, the model's own loss.
+        recompute: keep less for backward: the norms' outputs and the MLPs' products are computed again (see
+            `liger.recompute`). Has no effect in compiled code, in checkpointed layers, and inside saved-tensor hooks.
 
     Returns:
         The Patch: what was swapped, what was declined and why, and `undo()`.
@@ -143,7 +149,9 @@ def apply(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"liger.apply: model must be a torch.nn.Module, not {type(model).__name__}")
-    return apply_adapters(model, adapters_for(model), rope=rope, norm=norm, mlp=mlp, experts=experts, loss=loss)
+    return apply_adapters(
+        model, adapters_for(model), rope=rope, norm=norm, mlp=mlp, experts=experts, loss=loss, recompute=recompute
+    )
 
 
 def apply_adapters(
@@ -155,16 +163,20 @@ def apply_adapters(
     mlp: bool = TRUE,
     experts: bool = TRUE,
     loss: Loss = LINEAR,
+    recompute: bool = False,
 ) -> Patch:
     """`apply` with given adapters instead of the installed ones."""
     if loss not in ("linear", "full", None):
         raise ValueError(f"liger.apply: loss must be 'linear', 'full' or None, not {loss!r}")
-    switches: dict[Kind, Any] = {"rope": rope, "norm": norm, "mlp": mlp, "experts": experts, "loss": loss}
+    switches: dict[Part, Any] = {"rope": rope, "norm": norm, "mlp": mlp, "experts": experts, "loss": loss}
+    switches["recompute"] = recompute
     patch = Patch()
     for adapter in adapters:
         for name, module in model.named_modules():
             parent = model.get_submodule(name.rpartition(".")[0])
             _plan(patch, adapter, name, module, type(parent), switches)
+    if recompute:
+        _plan_recompute(patch, model)
     _require(patch, switches)
     for swap in patch._swaps:
         swap.module.__class__ = swap.after
@@ -172,7 +184,7 @@ def apply_adapters(
 
 
 def _plan(
-    patch: Patch, adapter: Adapter, name: str, module: nn.Module, parent: type, switches: Mapping[Kind, Any]
+    patch: Patch, adapter: Adapter, name: str, module: nn.Module, parent: type, switches: Mapping[Part, Any]
 ) -> None:
     """Add to `patch` what `adapter` would do to this one module."""
     for target, cls, layer in adapter.layers_of(type(module), parent):
@@ -214,11 +226,31 @@ def _plan_loss(patch: Patch, spec: CausalLM, name: str, model: nn.Module, cls: t
     _record(patch, name, model, "loss", cls.__name__, runs, declined, model_class, spec)
 
 
+def _plan_recompute(patch: Patch, model: nn.Module) -> None:
+    """Add to `patch` the backbones: the innermost transformers models that hold a module which runs a Layer."""
+    from transformers import PreTrainedModel
+
+    planned = {swap.module: swap.after for swap in patch._swaps}
+    backbones: dict[str, Any] = {}
+    for name, module in model.named_modules():
+        cls = planned.get(module, type(module))
+        if issubclass(cls, Swappable) and cls._recipe[0] is layer_class:
+            parents = ["", *itertools.accumulate(name.split(".")[:-1], "{}.{}".format)]
+            owners = [parent for parent in parents if isinstance(model.get_submodule(parent), PreTrainedModel)]
+            if owners:
+                backbones[owners[-1]] = model.get_submodule(owners[-1])
+    for name, backbone in backbones.items():
+        cls, reason = type(backbone), _overridden(backbone, type(backbone), "forward")
+        if backbone in planned:
+            reason = "its class is swapped for another part already"
+        _record(patch, name, backbone, "recompute", cls.__name__, _RECOMPUTES, reason, recompute_class, None)
+
+
 def _record(
     patch: Patch,
     name: str,
     module: nn.Module,
-    kind: Kind,
+    kind: Part,
     cls: str,
     runs: str,
     reason: str | None,
@@ -235,7 +267,7 @@ def _record(
         patch._swaps.append(_Swap(module, type(module), subclass(type(module), recipe)))
 
 
-def _require(patch: Patch, switches: Mapping[Kind, Any]) -> None:
+def _require(patch: Patch, switches: Mapping[Part, Any]) -> None:
     """Raise for a kernel that was asked for by name and has been applied nowhere."""
     for kind, switch in switches.items():
         if not switch or isinstance(switch, (_Default, _DefaultLoss)) or patch.already:

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from liger.recompute import forward_in_region
+
 if TYPE_CHECKING:
     from liger.adapter import Layer
     from liger.causal_lm import CausalLM
@@ -73,3 +75,9 @@ def model_class(base: Any, spec: CausalLM) -> type[nn.Module]:
 def head_class(base: Any, spec: CausalLM) -> type[nn.Module]:
     """`base`, which computes a loss where its model asks for one."""
     return _subclass(base, spec.head_members(base), (head_class, base, spec))
+
+
+@functools.cache
+def recompute_class(base: Any, _: None) -> type[nn.Module]:
+    """`base`, during whose forward autograd keeps no tensor that one cheap pass rebuilds."""
+    return _subclass(base, {"forward": forward_in_region(base.forward)}, (recompute_class, base, None))
