@@ -42,12 +42,9 @@ def test_what_the_table_calls_absent_is_not_there(contract):
         model = getattr(test.adapter.module(), test.language_model)(test.config())
     patch = test.apply(model)
     spoken_of = {part.name for part in (*patch.swapped, *patch.declined)}
-    kernels = {
-        name
-        for name, part in model.named_modules()
-        if re.search("(Norm|NormGated|MLP|Mlp|Experts)$", type(part).__name__)
-    }
-    assert kernels <= spoken_of
+    ends = re.compile("(Norm|NormGated|MLP|Mlp|Experts)$")
+    there = {name for name, part in model.named_modules() if ends.search(type(part).__name__)}
+    assert {name for name in there if not name.startswith("model.visual.")} <= spoken_of
 
 
 def test_a_cell_says_what_runs_and_why_the_rest_does_not():

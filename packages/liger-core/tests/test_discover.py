@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import transformers
 from torch import nn
 from transformers import LlamaConfig, PhiConfig
 from transformers.models.llama.modeling_llama import LlamaModel
@@ -14,6 +15,7 @@ from transformers.models.phi.modeling_phi import PhiModel
 
 import liger
 from liger import discover
+from liger.apply_liger_kernel import apply_liger_kernel
 from liger.testing import TINY
 
 
@@ -110,6 +112,18 @@ def test_an_adapter_that_names_a_class_that_is_not_there():
     adapter = liger.Adapter(modeling="transformers.models.llama.modeling_llama", functions={"no_such": torch.add})
     with pytest.raises(AttributeError, match="adapter llama names no_such, which transformers.models.llama"):
         adapter.module()
+
+
+def test_an_adapter_for_a_model_that_this_transformers_does_not_have(install, llama_model):
+    """It is an error where it is used, and no hindrance beside others."""
+    future = liger.Adapter(modeling="transformers.models.llama99.modeling_llama99")
+    llama = liger.Adapter(modeling="transformers.models.llama.modeling_llama")
+    install(entry("llama99", "liger-llama", loads=future), entry("llama", "liger-llama", loads=llama))
+    assert discover.adapters_for(llama_model) == [llama]
+    message = rf"^adapter llama99: transformers {transformers.__version__} has no transformers.models.llama99"
+    for use in (future.module, apply_liger_kernel(future)):
+        with pytest.raises(ModuleNotFoundError, match=message):
+            use()
 
 
 def test_an_adapter_that_is_not_one():

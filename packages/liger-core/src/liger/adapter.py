@@ -14,6 +14,7 @@ model package (`llama` of `transformers.models.llama`).
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -96,9 +97,17 @@ class Adapter:
         """The modeling module, imported.
 
         Raises:
+            ModuleNotFoundError: the installed transformers does not have this model.
             AttributeError: a class or function that the adapter names does not stand in it.
         """
-        module = importlib.import_module(self.modeling)
+        try:
+            module = importlib.import_module(self.modeling)
+        except ModuleNotFoundError as error:
+            if error.name is None or not f"{self.modeling}.".startswith(f"{error.name}."):
+                raise  # something that the file imports
+            installed = importlib.metadata.version("transformers")
+            message = f"adapter {self.key}: transformers {installed} has no {self.modeling}"
+            raise ModuleNotFoundError(message, name=error.name) from error
         named = [*self.modules, *self.functions, *(head.model for head in self.heads)]
         missing = [name for name in named if _get(module, name) is None]
         if missing:
