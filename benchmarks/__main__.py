@@ -8,7 +8,6 @@ import json
 import platform
 import time
 from importlib.metadata import PackageNotFoundError, version
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ import torch
 from benchmarks.cases import CASES, Case
 from benchmarks.experts import all_experts
 from benchmarks.measure import Record, copy_tb_s, measure_or_say_why, product_tflop_s
-from benchmarks.peers import NAMES
+from benchmarks.peers import NAMES, not_installed
 from benchmarks.step import MODELS, WAYS, training_steps
 
 OPS = tuple(dict.fromkeys(case.op for case in CASES))
@@ -33,6 +32,7 @@ def _arguments() -> argparse.Namespace:
     )
     parser.add_argument("--model", action="append", choices=list(MODELS), help="for --op step; all that fit without it")
     parser.add_argument("--quick", action="store_true", help="each op at its first shape")
+    parser.add_argument("--all", action="store_true", help="more shapes than those of the README's table")
     parser.add_argument("--tiny", action="store_true", help="sizes that prove the program runs, and nothing else")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--json", type=Path, help="write every figure to this file, after every case")
@@ -60,7 +60,8 @@ def _with_case(cases: list[Record], case: Record) -> list[Record]:
 
 def _versions() -> dict[str, str]:
     found = {"python": platform.python_version()}
-    for name in ("torch", "triton", "transformers", "liger-core", "liger-kernel"):
+    packages = ("liger-kernel", "nvidia-cutlass-dsl", "cut-cross-entropy", "flash-linear-attention", "quack-kernels")
+    for name in ("torch", "triton", "transformers", "liger-core", *packages):
         try:
             found[name] = version(name)
         except PackageNotFoundError:
@@ -78,7 +79,7 @@ def _floor_ms(case: Case, machine: dict[str, Any]) -> float | None:
 
 
 def _line(case: Case, name: str, record: Record) -> str:
-    title = f"{case.op:<21}{case.shape:<22}{name:<13}"
+    title = f"{case.op:<21}{case.shape:<19}{name:<23}"
     if "failed" in record:
         return f"{title} failed: {record['failed'].splitlines()[0]}"
     figures = [
@@ -100,7 +101,7 @@ def main() -> None:
     on_gpu = device.type == "cuda"
     ops = options.op or OPS
     names = [name for name in NAMES if not options.peer or name in options.peer]
-    absent = [] if find_spec("liger_kernel") else ["liger-kernel"]
+    absent = not_installed()
     machine: dict[str, Any] = {
         "device": torch.cuda.get_device_name() if on_gpu else "cpu",
         "copy_tb_s": copy_tb_s(device) if on_gpu else None,
@@ -124,12 +125,14 @@ def main() -> None:
     for case in CASES:
         if case.op not in ops or (case.op in seen and (options.quick or options.tiny)):
             continue
+        if case.more and not options.all:
+            continue
         seen.add(case.op)
         if options.tiny:
             case = dataclasses.replace(case, sizes=case.tiny)
         measured = {}
         for name in names:
-            if name not in absent:
+            if name in case.peers and name not in absent:
                 measured[name] = measure_or_say_why(case, name, device)
                 print(_line(case, name, measured[name]), flush=True)
         floor = None if options.tiny else _floor_ms(case, machine)

@@ -51,6 +51,8 @@ class Case:
     """Bytes that forward and backward must move: each input read once and each output written once, in both."""
     flops: int = 0
     """Operations that they cannot do without, where the op is bound by them."""
+    more: bool = False
+    """One of the shapes that only `--all` measures."""
 
     @property
     def shape(self) -> str:
@@ -119,11 +121,11 @@ def _linear_loss(sizes: Sizes, device: torch.device) -> Problem:
     return Problem(rowed, {"linear_weight": weight}, ("input", "linear_weight"), None)
 
 
-def _rms_norm(*sizes: int) -> Case:
+def _rms_norm(*sizes: int, more: bool = False) -> Case:
     rows, columns = sizes
     return Case(
         "rms_norm", sizes, (64, columns), lambda s, d: _norm(s, d, bias=False), peers.RMS_NORM, exact.rms_norm,
-        chunk=rows, moved=10 * rows * columns,
+        chunk=rows, moved=10 * rows * columns, more=more,
     )  # fmt: skip
 
 
@@ -197,6 +199,10 @@ def _linear_cross_entropy(*sizes: int) -> Case:
 CASES: tuple[Case, ...] = (
     _rms_norm(32768, 2048), _rms_norm(16384, 4096), _rms_norm(16384, 3584), _rms_norm(8192, 8192),
     _rms_norm(16384, 5120),
+    # Hidden sizes that are no power of two or are large, and the many short rows of a norm on heads.
+    _rms_norm(32768, 1536, more=True), _rms_norm(16384, 2304, more=True), _rms_norm(16384, 3072, more=True),
+    _rms_norm(4096, 16384, more=True), _rms_norm(1048576, 64, more=True), _rms_norm(1048576, 128, more=True),
+    _rms_norm(524288, 256, more=True),
     _add_rms_norm(32768, 2048), _add_rms_norm(16384, 4096),
     _layer_norm(16384, 2560), _layer_norm(16384, 4096),
     _swiglu(8192, 14336),

@@ -1,4 +1,4 @@
-"""Who is measured: for each op what transformers does, that under torch.compile, liger-kernel, and ours.
+"""Who is measured: for each op what transformers does, that under torch.compile, what a user would install, and ours.
 
 A peer is a function that returns the function to measure, so that a package is imported when its turn comes: one that
 is not installed is left out by name, and one that fails does so where it is recorded.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -15,7 +16,24 @@ import torch.nn.functional as F
 from torch import Tensor
 
 Peer = Callable[..., Any]
-NAMES = ("eager", "compile", "liger-kernel", "liger")
+
+_MODULES: dict[str, tuple[str, ...]] = {
+    "eager": (),
+    "compile": (),
+    "liger-kernel": ("liger_kernel",),
+    "liger-kernel-cutedsl": ("liger_kernel", "cutlass"),
+    "cut-cross-entropy": ("cut_cross_entropy",),
+    "flash-linear-attention": ("fla", "einops"),
+    "quack-kernels": ("quack", "cutlass"),
+    "liger": ("liger",),
+}
+NAMES = tuple(_MODULES)
+"""All of them; an op has those that have a kernel for it."""
+
+
+def not_installed() -> list[str]:
+    """The peers that this run cannot measure, because a module that they need is missing."""
+    return [name for name, modules in _MODULES.items() if not all(find_spec(module) for module in modules)]
 
 
 def _rms_norm(x: Tensor, weight: Tensor) -> Tensor:
@@ -90,56 +108,113 @@ def _liger_kernel_qk_norm_rotary() -> Peer:
     return call
 
 
-def _peers(eager: Peer, ours: Callable[[], Peer], liger_kernel: Callable[[], Peer]) -> dict[str, Callable[[], Peer]]:
-    return {
-        "eager": lambda: eager,
-        "compile": lambda: torch.compile(eager, dynamic=False),
-        "liger-kernel": liger_kernel,
-        "liger": ours,
-    }
+def _cutedsl(name: str, call: Callable[[Peer], Peer]) -> Callable[[], Peer]:
+    """The class that liger-kernel puts in the place of its Triton one when LIGER_KERNEL_IMPL=cutedsl is set."""
+    return lambda: call(getattr(import_module("liger_kernel.ops.cutedsl.ops"), name).apply)
+
+
+def _from(module: str, name: str, call: Callable[[Peer], Peer]) -> Callable[[], Peer]:
+    return lambda: call(getattr(import_module(module), name))
+
+
+def _peers(eager: Peer, **others: Callable[[], Peer]) -> dict[str, Callable[[], Peer]]:
+    found = {name.replace("_", "-"): load for name, load in others.items()}
+    found |= {"eager": lambda: eager, "compile": lambda: torch.compile(eager, dynamic=False)}
+    return {name: found[name] for name in NAMES if name in found}
 
 
 RMS_NORM = _peers(
     _rms_norm,
-    _op("rms_norm", eps=1e-6),
-    _liger_kernel("liger_rms_norm", lambda f: lambda x, weight: f(x, weight, 1e-6)),
+    liger=_op("rms_norm", eps=1e-6),
+    liger_kernel=_liger_kernel("liger_rms_norm", lambda f: lambda x, weight: f(x, weight, 1e-6)),
+    liger_kernel_cutedsl=_cutedsl("LigerRMSNormFunction", lambda f: lambda x, weight: f(x, weight, 1e-6)),
+    flash_linear_attention=_from(
+        "fla.modules.norm.layernorm", "rms_norm", lambda f: lambda x, weight: f(x, weight, None, eps=1e-6)
+    ),
+    quack_kernels=_from("quack.rmsnorm", "rmsnorm", lambda f: lambda x, weight: f(x, weight, eps=1e-6)),
 )
 ADD_RMS_NORM = _peers(
     _add_rms_norm,
-    _op("add_rms_norm", eps=1e-6),
-    _liger_kernel("liger_fused_add_rms_norm", lambda f: lambda x, residual, weight: f(x, residual, weight, 1e-6)),
-)
+    liger=_op("add_rms_norm", eps=1e-6),
+    liger_kernel=_liger_kernel(
+        "liger_fused_add_rms_norm", lambda f: lambda x, residual, weight: f(x, residual, weight, 1e-6)
+    ),
+    flash_linear_attention=_from(
+        "fla.modules.norm.layernorm", "rms_norm",
+        lambda f: lambda x, residual, weight: f(x, weight, None, residual=residual, eps=1e-6, prenorm=True),
+    ),
+    quack_kernels=_from(
+        "quack.rmsnorm", "rmsnorm",
+        lambda f: lambda x, residual, weight: f(x, weight, residual=residual, eps=1e-6, prenorm=True),
+    ),
+)  # fmt: skip
 LAYER_NORM = _peers(
     _layer_norm,
-    _op("layer_norm", eps=1e-5),
-    _liger_kernel("liger_layer_norm", lambda f: lambda x, weight, bias: f(x, weight, bias, 1e-5)),
+    liger=_op("layer_norm", eps=1e-5),
+    liger_kernel=_liger_kernel("liger_layer_norm", lambda f: lambda x, weight, bias: f(x, weight, bias, 1e-5)),
+    flash_linear_attention=_from(
+        "fla.modules.norm.layernorm", "layer_norm", lambda f: lambda x, weight, bias: f(x, weight, bias, eps=1e-5)
+    ),
 )
-SWIGLU = _peers(_swiglu, _op("swiglu"), _liger_kernel("liger_swiglu", lambda f: lambda gate, up: f(gate, up)))
+SWIGLU = _peers(
+    _swiglu,
+    liger=_op("swiglu"),
+    liger_kernel=_liger_kernel("liger_swiglu", lambda f: lambda gate, up: f(gate, up)),
+    liger_kernel_cutedsl=_cutedsl("LigerSiLUMulFunction", lambda f: lambda gate, up: f(gate, up)),
+    flash_linear_attention=_from("fla.modules.activations.ops", "swiglu", lambda f: lambda gate, up: f(gate, up)),
+)
 GEGLU = _peers(
     _geglu,
-    _op("geglu", approximate="tanh"),
-    _liger_kernel("liger_geglu", lambda f: lambda gate, up: f(gate, up)),
+    liger=_op("geglu", approximate="tanh"),
+    liger_kernel=_liger_kernel("liger_geglu", lambda f: lambda gate, up: f(gate, up)),
 )
 ROTARY = _peers(
     _rotary,
-    _op("rotary"),
-    _liger_kernel("liger_rope", lambda f: lambda q, k, cos, sin: f(q, k, cos, sin)),
+    liger=_op("rotary"),
+    liger_kernel=_liger_kernel("liger_rope", lambda f: lambda q, k, cos, sin: f(q, k, cos, sin)),
+    liger_kernel_cutedsl=_cutedsl("LigerRopeFunction", lambda f: lambda q, k, cos, sin: f(q, k, cos, sin)),
 )
 QK_NORM_ROTARY = _peers(
     _qk_norm_rotary,
-    _op("qk_norm_rotary", eps=1e-6, unsqueeze_dim=1),
-    _liger_kernel_qk_norm_rotary,
+    liger=_op("qk_norm_rotary", eps=1e-6, unsqueeze_dim=1),
+    liger_kernel=_liger_kernel_qk_norm_rotary,
 )
 CROSS_ENTROPY = _peers(
     _cross_entropy,
-    _op("cross_entropy"),
-    _liger_kernel("liger_cross_entropy", lambda f: lambda logits, target: f(logits, target)),
-)
+    liger=_op("cross_entropy"),
+    liger_kernel=_liger_kernel("liger_cross_entropy", lambda f: lambda logits, target: f(logits, target)),
+    # It returns the loss, and three things that were not asked for.
+    liger_kernel_cutedsl=_cutedsl(
+        "LigerCrossEntropyFunction", lambda f: lambda logits, target: f(logits, target, None)[0]
+    ),
+    # It returns each row's loss, and each row's z-loss.
+    flash_linear_attention=_from(
+        "fla.modules.fused_cross_entropy.ops", "cross_entropy_loss",
+        lambda f: lambda logits, target: f(logits, target)[0].mean(),
+    ),
+    quack_kernels=_from("quack.cross_entropy", "cross_entropy", lambda f: lambda logits, target: f(logits, target)),
+)  # fmt: skip
 LINEAR_CROSS_ENTROPY = _peers(
     _linear_cross_entropy,
-    _op("linear_cross_entropy"),
-    _liger_kernel(
+    liger=_op("linear_cross_entropy"),
+    liger_kernel=_liger_kernel(
         "liger_fused_linear_cross_entropy",
         lambda f: lambda input, linear_weight, target: f(input, linear_weight, target),
     ),
-)
+    liger_kernel_cutedsl=_cutedsl(
+        "LigerFusedLinearCrossEntropyFunction",
+        lambda f: lambda input, linear_weight, target: f(input, linear_weight, target)[0],
+    ),
+    cut_cross_entropy=_from(
+        "cut_cross_entropy", "linear_cross_entropy",
+        lambda f: lambda input, linear_weight, target: f(input, linear_weight, target),
+    ),
+    flash_linear_attention=_from(
+        "fla.modules.fused_linear_cross_entropy.ops", "fused_linear_cross_entropy_loss",
+        lambda f: lambda input, linear_weight, target: f(input, target, linear_weight),
+    ),
+    quack_kernels=_from(
+        "quack.linear_cross_entropy", "chunked_linear_cross_entropy",
+        lambda f: lambda input, linear_weight, target: f(input, linear_weight, target),
+    ),
+)  # fmt: skip

@@ -27,14 +27,17 @@ def _head(cells: list[str], words: int) -> list[str]:
     return [_row(cells), _row(["---"] * words + ["---:"] * (len(cells) - words))]
 
 
+def _ms(time: float) -> str:
+    return f"{time:.{3 if time < 10 else 1}f}"
+
+
 def _time(record: dict[str, Any] | None, with_memory: bool) -> str:
     if record is None:
         return "–"
     if "failed" in record:
         return "fails"
-    digits = 3 if record["gpu_ms"] < 10 else 1
     memory = f" / {record['peak_mib']:,.0f}" if with_memory else ""
-    return f"{record['gpu_ms']:.{digits}f}{memory}"
+    return f"{_ms(record['gpu_ms'])}{memory}"
 
 
 def _host(record: dict[str, Any] | None) -> str:
@@ -48,7 +51,7 @@ def _ops(results: dict[str, Any], names: list[str]) -> list[str]:
     for case in results["cases"]:
         with_memory = case["op"].endswith("cross_entropy")
         times = [_time(case["peers"].get(name), with_memory) for name in names]
-        lines.append(_row([case["op"], case["shape"], f"{case['floor_ms']:.3g}", *times]))
+        lines.append(_row([case["op"], case["shape"], _ms(case["floor_ms"]), *times]))
     return lines
 
 
@@ -96,6 +99,8 @@ def section(results: dict[str, Any]) -> str:
     names = [name for name in NAMES if any(name in case["peers"] for case in results["cases"])]
     versions = ", ".join(f"{name} {number}" for name, number in results["versions"].items())
     parts = [f"### {results['device']}", f"{versions}."]
+    if results.get("not_installed"):
+        parts[-1] += f" Not installed: {', '.join(results['not_installed'])}."
     if results["cases"]:
         parts += [
             "GPU milliseconds of forward + backward in bf16, for the losses with peak MiB:",

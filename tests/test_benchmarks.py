@@ -41,13 +41,30 @@ def test_a_tiny_run_measures_every_op(tmp_path):
             assert error <= 1.5 * eager["error"][what] + 1e-6, f"{case['op']}, {what}: {error} against {eager['error']}"
 
 
-def test_every_case_has_a_positive_floor_and_every_peer():
+def test_every_case_has_a_positive_floor_and_its_peers_in_order():
     from benchmarks.cases import CASES
     from benchmarks.peers import NAMES
 
     for case in CASES:
         assert (case.moved > 0) != (case.flops > 0), f"{case.op}: bound by memory or by operations"
-        assert tuple(case.peers) == NAMES
+        assert list(case.peers) == [name for name in NAMES if name in case.peers]
+        assert {"eager", "compile", "liger-kernel", "liger"} <= case.peers.keys()
+
+
+def test_absent_peers_are_named(monkeypatch):
+    from benchmarks import peers
+
+    monkeypatch.setattr(peers, "find_spec", lambda name: None if name in ("cutlass", "quack") else name)
+    assert peers.not_installed() == ["liger-kernel-cutedsl", "quack-kernels"]
+
+
+def test_shapes_beyond_the_table_come_after_those_of_it():
+    from benchmarks.cases import CASES
+
+    for op in {case.op for case in CASES}:
+        more = [case.more for case in CASES if case.op == op]
+        assert not more[0]
+        assert more == sorted(more)
 
 
 def test_a_peer_that_fails_is_recorded_with_its_error():
@@ -98,6 +115,7 @@ def test_the_tables_show_failures_and_absent_peers():
     shown = section({
         "device": "A GPU",
         "versions": {"torch": "2.0"},
+        "not_installed": ["quack-kernels"],
         "cases": [
             {"op": "cross_entropy", "shape": "2×3", "floor_ms": 0.5, "peers": peers},
             {"op": "swiglu", "shape": "2×3", "floor_ms": 0.5, "peers": {"eager": record, "liger": record}},
@@ -118,13 +136,31 @@ def test_the_tables_show_failures_and_absent_peers():
             },
         },
     })  # fmt: skip
-    assert "| cross_entropy | 2×3 | 0.5 | 1.250 / 1,234 | fails | – |" in shown
-    assert "| swiglu | 2×3 | 0.5 | 1.250 | – | 1.250 |" in shown
+    assert "torch 2.0. Not installed: quack-kernels." in shown
+    assert "| cross_entropy | 2×3 | 0.500 | 1.250 / 1,234 | fails | – |" in shown
+    assert "| swiglu | 2×3 | 0.500 | 1.250 | – | 1.250 |" in shown
     assert "| A: 8 experts | 31.25 | 31.25 | 0.500 | 0.500 | 1,234 | 1,234 |" in shown
     assert "| B: 9 experts (without liger-b) | – |" in shown
     assert "| C: 7 experts (fails) | – |" in shown
     assert "| model | eager | compile | liger |" in shown
     assert "| Llama | 45,938 / 61.2 | fails | – |" in shown
+
+
+def test_a_result_file_becomes_a_picture_per_op(tmp_path):
+    from benchmarks.plot import pictures
+
+    record = {"gpu_ms": 1.25, "peak_mib": 1234.0}
+    peers = {"eager": {"gpu_ms": 90.0, "peak_mib": 9.0}, "compile": {"failed": "RuntimeError: x"}, "liger": record}
+    cases = [
+        {"op": op, "shape": shape, "floor_ms": 0.5, "peers": peers}
+        for op in ("rms_norm", "linear_cross_entropy")
+        for shape in ("2×3", "4×5")
+    ]
+    file = tmp_path / "h100.json"
+    file.write_text(json.dumps({"device": "A GPU", "cases": cases}), "utf-8")
+    assert [path.name for path in pictures(file)] == ["h100-rms_norm.png", "h100-linear_cross_entropy.png"]
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in tmp_path.glob("*.png"))
+    assert len(list(tmp_path.glob("*.png"))) == 2
 
 
 def test_experts_run_stock_and_ours():
