@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import Gemma4TextConfig
+from transformers import Gemma4Config, Gemma4TextConfig
 from transformers.models.gemma4 import modeling_gemma4
 
 import liger
@@ -96,3 +96,21 @@ def test_experts_that_are_dispatched_one_by_one_are_declined(device):
     assert {d.cls for d in liger.apply(model).declined} == {"Gemma4TextExperts"}
     with pytest.raises(ValueError, match="experts=True was asked for and can be applied nowhere"):
         liger.apply(build(modeling_gemma4.Gemma4ForCausalLM, model.config, device), experts=True)
+
+
+def test_a_model_with_images_keeps_its_own_loss_and_its_towers_mlps(device, path):
+    vision = {"hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 1, "head_dim": 16}
+    config = Gemma4Config(
+        text_config={**CONFIG, "vocab_size": 120, "vocab_size_per_layer_input": 120},
+        vision_config={**vision, "num_attention_heads": 2, "num_key_value_heads": 2},
+        audio_config=None,
+        **{f"{name}_token_id": 110 + i for i, name in enumerate(("image", "video", "audio", "boi", "eoi"))},
+        attn_implementation="eager",
+    )
+    stock, patched = (build(modeling_gemma4.Gemma4ForConditionalGeneration, config, device) for _ in range(2))
+    swapped = liger.apply(patched).swapped
+    assert {s.kind for s in swapped} == {"norm", "mlp", "experts", "rope"}
+    assert {s.kind for s in swapped if "vision_tower" in s.name} == {"norm"}
+    inputs = batch(110, device)
+    inputs["mm_token_type_ids"] = torch.zeros_like(inputs["input_ids"])
+    assert_same_step(patched, stock, in_fp64(stock), inputs)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+import pytest
 import torch
 from transformers import PhiConfig
 from transformers.models.phi import modeling_phi
@@ -66,3 +67,10 @@ def test_dropouts_are_where_they_were(device, path):
         torch.manual_seed(0)
         losses.append(each(**batch(CONFIG["vocab_size"], device)).loss)
     torch.testing.assert_close(*losses)
+
+
+def test_there_is_no_switch_for_an_mlp_without_a_gate(device):
+    with pytest.raises(TypeError, match="phi has rope, layer_norm, cross_entropy, fused_linear_cross_entropy"):
+        apply_liger_kernel_to_phi(model(device), swiglu=True)
+    with pytest.raises(ValueError, match="mlp=True was asked for and can be applied nowhere: PhiMLP: has no gate"):
+        liger.apply(model(device), mlp=True)
