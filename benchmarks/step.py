@@ -62,7 +62,7 @@ MODELS = {
             "tie_word_embeddings": True,
         },
         batch=4, sequence=4096, checkpointing=False,
-        ways=("eager", "compile", "liger", "liger + compile", "liger-kernel"),
+        ways=("eager", "compile", "liger", "liger, recompute", "liger + compile", "liger-kernel"),
     ),
     "llama-8b-8-layers": Model(
         "8 layers of Llama-3-8B, 4×4096, checkpointing", "llama", "liger-llama",
@@ -112,6 +112,12 @@ def _liger_compile(model: Any) -> None:
     model.compile()
 
 
+def _liger_recompute(model: Any) -> None:
+    import liger
+
+    liger.apply(model, recompute=True)
+
+
 def _liger_kernel(model: Any) -> None:
     module = import_module("liger_kernel.transformers")
     getattr(module, f"apply_liger_kernel_to_{model.config.model_type}")(model=model)
@@ -121,6 +127,7 @@ WAYS: dict[str, Callable[[Any], None]] = {
     "eager": lambda model: None,
     "compile": _compile,
     "liger": _liger,
+    "liger, recompute": _liger_recompute,
     "liger + compile": _liger_compile,
     "liger-kernel": _liger_kernel,
 }
@@ -194,7 +201,7 @@ def training_step(model: Model, way: str, device: torch.device, tiny: bool) -> R
 
 
 def _missing(model: Model, way: str) -> str | None:
-    needed = {"liger": model.package, "liger + compile": model.package, LAST: "liger-kernel"}.get(way)
+    needed = LAST if way == LAST else model.package if way.startswith("liger") else None
     return needed if needed and find_spec(needed.replace("-", "_")) is None else None
 
 
