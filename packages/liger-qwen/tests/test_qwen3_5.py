@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
-from transformers import Qwen3_5MoeTextConfig, Qwen3_5TextConfig
+from transformers import Qwen3_5Config, Qwen3_5MoeConfig, Qwen3_5MoeTextConfig, Qwen3_5TextConfig
 
 import liger
 from liger.testing import TINY, AdapterContract
@@ -36,6 +37,29 @@ MOE = {
     "output_router_logits": True,
     "router_aux_loss_coef": 0.5,
 }
+VISION = {
+    "vision_config": {
+        "depth": 1,
+        "hidden_size": 32,
+        "intermediate_size": 40,
+        "num_heads": 2,
+        "out_hidden_size": 48,
+        "in_channels": 3,
+        "patch_size": 2,
+        "spatial_merge_size": 2,
+        "temporal_patch_size": 2,
+        "num_position_embeddings": 16,
+    },
+    "image_token_id": 95,
+    "video_token_id": 96,
+    "vision_start_token_id": 97,
+    "vision_end_token_id": 98,
+    "attn_implementation": "eager",
+}
+
+
+def with_vision(cls, text):
+    return cls(text_config={key: value for key, value in text.items() if key != "attn_implementation"}, **VISION)
 
 
 class TestQwen35(AdapterContract):
@@ -52,6 +76,24 @@ class TestQwen35Moe(AdapterContract):
         return Qwen3_5MoeTextConfig(**MOE)
 
 
+class TestQwen35OfImages(AdapterContract):
+    """Given text alone: transformers' vision tower does not compile as one graph."""
+
+    adapter = qwen3_5
+    model_class = "Qwen3_5ForConditionalGeneration"
+
+    def config(self):
+        return with_vision(Qwen3_5Config, {**CONFIG, "tie_word_embeddings": False})
+
+
+class TestQwen35MoeOfImages(AdapterContract):
+    adapter = qwen3_5_moe
+    model_class = "Qwen3_5MoeForConditionalGeneration"
+
+    def config(self):
+        return with_vision(Qwen3_5MoeConfig, MOE)
+
+
 def test_positions_of_three_axes_reach_attention_as_cos_and_sin(device, path):
     cls = qwen3_5.module().Qwen3_5ForCausalLM
     stock, patched = (build(cls, Qwen3_5TextConfig(**CONFIG), device) for _ in range(2))
@@ -63,3 +105,29 @@ def test_positions_of_three_axes_reach_attention_as_cos_and_sin(device, path):
     inputs["position_ids"] = torch.stack(axes)[:, None].expand(4, rows, length).to(device)
     assert stock(**inputs).loss != plain
     assert_same_step(patched, stock, in_fp64(stock), inputs)
+
+
+@pytest.mark.parametrize("contract", [TestQwen35OfImages, TestQwen35MoeOfImages])
+def test_an_image_of_four_tokens(device, path, contract):
+    """The tower keeps its own code and gets its gradients."""
+    contract = contract()
+    stock, patched = contract.model(device), contract.model(device)
+    patch = contract.apply(patched)
+    assert not any("visual" in s.name for s in patch.swapped)
+    inputs = batch(95, device)
+    image = torch.zeros_like(inputs["input_ids"], dtype=torch.bool)
+    image[:, 2:6] = True
+    inputs = {
+        "input_ids": inputs["input_ids"].masked_fill(image, 95),
+        "labels": inputs["labels"].masked_fill(image, -100),
+        "mm_token_type_ids": image.int(),
+        "pixel_values": torch.randn(2 * 16, 3 * 2 * 2 * 2, generator=torch.Generator().manual_seed(2)).to(device),
+        "image_grid_thw": torch.tensor([[1, 4, 4]] * 2, device=device),
+    }
+    losses = [model(**inputs).loss for model in (stock, patched)]
+    torch.testing.assert_close(losses[1], losses[0])
+    for loss in losses:
+        loss.backward()
+    assert patched.model.visual.patch_embed.proj.weight.grad.abs().sum() > 0
+    for (name, ours), theirs in zip(patched.named_parameters(), stock.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-3, atol=1e-5, msg=f"gradient of {name}: {{}}".format)

@@ -5,8 +5,9 @@ Qwen 2 and 3 have LLaMA's norm (Qwen 3 also on each head of q and k, before they
 transformers' own dispatch; the shared expert is an MLP like any other; router and auxiliary loss are not touched.
 
 Qwen3-Next and Qwen 3.5 multiply by `1 + weight` and round once, rotate the first quarter of a head, and mix linear with
-full attention. Of a linear attention only the gated norm of its output runs on kernels. Of Qwen 3.5 it is the text
-model; its positions of three axes have become plain cos and sin before attention sees them.
+full attention. Of a linear attention only the gated norm of its output runs on kernels. Of Qwen 3.5
+it is the text model, alone or beside its vision tower, which keeps its own code; positions of three axes have become
+plain cos and sin before attention sees them.
 """
 
 from liger.adapter import Adapter
@@ -97,7 +98,7 @@ qwen3_5 = Adapter(
         "Qwen3_5MLP": GatedMLP(act="hidden_act"),
     },
     functions={"apply_rotary_pos_emb": rotary},
-    head=CausalLM("Qwen3_5ForCausalLM"),
+    head=(CausalLM("Qwen3_5ForCausalLM"), CausalLM("Qwen3_5ForConditionalGeneration")),
 )
 
 qwen3_5_moe = Adapter(
@@ -109,7 +110,7 @@ qwen3_5_moe = Adapter(
         "Qwen3_5MoeExperts": Experts(act="hidden_act"),
     },
     functions={"apply_rotary_pos_emb": rotary},
-    head=CausalLM("Qwen3_5MoeForCausalLM"),
+    head=(CausalLM("Qwen3_5MoeForCausalLM"), CausalLM("Qwen3_5MoeForConditionalGeneration")),
 )
 
 apply_liger_kernel_to_qwen2 = apply_liger_kernel(qwen2)
