@@ -179,6 +179,7 @@ def _seconds(step: Callable[[], None], steps: int, device: torch.device) -> floa
 
 def training_step(model: Model, way: str, device: torch.device, tiny: bool) -> Record:
     """Tokens per second over a few steps after those that are not counted, and the peak memory in GiB."""
+    before = torch.cuda.memory_allocated() if device.type == "cuda" else 0
     built = _built(model, device, tiny)
     WAYS[way](built)
     optimizer = torch.optim.AdamW(built.parameters(), lr=1e-5, fused=True)
@@ -196,7 +197,7 @@ def training_step(model: Model, way: str, device: torch.device, tiny: bool) -> R
         torch.cuda.reset_peak_memory_stats()
     steps = 2 if tiny else STEPS
     seconds = _seconds(step, steps, device)
-    peak = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None
+    peak = (torch.cuda.max_memory_allocated() - before) / 2**30 if device.type == "cuda" else None
     return {"tokens_per_second": steps * tokens.numel() / seconds, "peak_gib": peak}
 
 
@@ -209,11 +210,18 @@ def _attempt(model: Model, way: str, device: torch.device, tiny: bool) -> Record
     missing = _missing(model, way)
     if missing:
         return {"not_installed": missing}
-    torch._dynamo.reset()
     try:
         return training_step(model, way, device, tiny)
     except Exception as error:
         return {"failed": f"{type(error).__name__}: {error}"[:500]}
+
+
+def _forget(device: torch.device) -> None:
+    """Leave no model behind, in torch.compile's caches or in cycles."""
+    torch._dynamo.reset()
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def _selected(names: list[str] | None, device: torch.device) -> list[str]:
@@ -249,9 +257,7 @@ def training_steps(
     for name, way in sorted(planned, key=lambda plan: plan[1] == LAST):
         record = _attempt(MODELS[name], way, device, tiny)
         results[name]["ways"][way] = record  # type: ignore[index]
-        gc.collect()
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
+        _forget(device)
         print(_line(name, way, record), flush=True)
         save(results)
     return results
