@@ -147,7 +147,7 @@ def _launch(pairs: list[tuple[Tensor, Tensor]], cos: Tensor, sin: Tensor, head_d
         cos.stride(0) if cos.shape[0] > 1 else 0, cos.stride(1),
         TRANSPOSED=transposed, Q_HEADS=heads[0], K_HEADS=heads[1], HALF=half, REST=rest,
         BLOCK_Q=blocks[0], BLOCK_K=blocks[1], BLOCK_HALF=block_half, BLOCK_REST=next_power_of_2(max(rest, 1)),
-        num_warps=min(max(blocks[0] * block_half // 256, 1), 8),
+        num_warps=min(max(blocks[0] * block_half // (512 if block_half <= 64 else 256), 1), 8),
     )  # fmt: skip
 
 
