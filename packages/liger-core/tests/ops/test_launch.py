@@ -1,0 +1,146 @@
+"""How a kernel is started: on the tensor's device, and again through the variant that Triton chose, if it is the same."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from liger.ops import launch as module
+from liger.ops import rms_norm, swiglu
+
+NAMES = ["x", "rows", "columns", "eps", "BLOCK"]
+
+
+class Kernel:
+    """Stands for a jitted kernel: its launches return a variant that says when it is started directly."""
+
+    __name__ = "kernel"
+    arg_names = NAMES
+
+    def __init__(self, restartable=True):
+        self.asked, self.restarted = 0, []
+        self.restartable = restartable
+
+    def __getitem__(self, grid):
+        def start(*args, num_warps, **constexprs):
+            self.asked += 1
+            return Variant(self) if self.restartable else object()
+
+        return start
+
+
+class Variant:
+    def __init__(self, kernel):
+        self.kernel = kernel
+
+    def __getitem__(self, grid):
+        return lambda *args: self.kernel.restarted.append((grid, args))
+
+
+@pytest.fixture
+def make(monkeypatch):
+    """Makes kernels that `launch` knows, for this test only."""
+    monkeypatch.setattr(module, "_variants", {})
+    monkeypatch.setattr(module, "_varying", {})
+
+    def make(**options):
+        kernel = Kernel(**options)
+        module._varying[id(kernel)] = tuple(name == "rows" for name in NAMES)
+        return kernel
+
+    return make
+
+
+X = torch.zeros(64)
+
+
+def start(kernel, x=X, rows=3, columns=8, eps=1e-6, device=0, warps=4, grid=5, **constexprs):
+    module._launch_here(kernel, (grid,), device, warps, (x, rows, columns, eps), constexprs or {"BLOCK": 16})
+
+
+def test_the_same_launch_goes_straight_to_the_variant_with_every_argument_in_order(make):
+    kernel = make()
+    start(kernel)
+    start(kernel, grid=7)
+    assert kernel.asked == 1
+    ((grid, args),) = kernel.restarted
+    assert grid == (7, 1, 1)
+    assert args[0] is X
+    assert args[1:] == (3, 8, 1e-6, 16)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"x": X.to(torch.bfloat16)},
+        {"x": X[1:]},  # not aligned to 16 bytes
+        {"x": None},
+        {"columns": 16},
+        {"rows": 2**31},
+        {"eps": None},
+        {"device": 1},
+        {"warps": 8},
+        {"BLOCK": 32},
+    ],
+    ids=str,
+)
+def test_what_triton_specialises_on_is_asked_of_triton(make, other):
+    kernel = make()
+    start(kernel)
+    start(kernel, **other)
+    assert (kernel.asked, kernel.restarted) == (2, [])
+
+
+@pytest.mark.parametrize("other", [{"rows": 1}, {"rows": 4096}, {"x": torch.ones(7)}, {"eps": 1e-5}], ids=str)
+def test_what_it_does_not_specialise_on_is_not(make, other):
+    kernel = make()
+    start(kernel)
+    start(kernel, **other)
+    assert (kernel.asked, len(kernel.restarted)) == (1, 1)
+
+
+def test_two_kernels_do_not_share_variants(make):
+    one, other = make(), make()
+    start(one)
+    start(other)
+    assert (one.asked, other.asked) == (1, 1)
+
+
+def test_a_launch_that_returns_nothing_to_start_again_is_made_each_time(make):
+    kernel = make(restartable=False)
+    for _ in range(3):
+        start(kernel)
+    assert kernel.asked == 3
+
+
+def test_constexprs_out_of_order_are_refused(make, monkeypatch):
+    monkeypatch.setattr(Kernel, "arg_names", [*NAMES, "STAGES"])
+    with pytest.raises(TypeError, match=r"constexprs \['STAGES', 'BLOCK'\], expected \['BLOCK', 'STAGES'\]"):
+        start(make(), STAGES=3, BLOCK=16)
+
+
+def test_variants_are_forgotten_before_they_fill_the_memory(make, monkeypatch):
+    monkeypatch.setattr(module, "_MOST_VARIANTS", 4)
+    kernel = make()
+    for columns in range(10):
+        start(kernel, columns=columns)
+    assert len(module._variants) <= 4
+
+
+def test_a_tensor_subclass_takes_the_reference(device):
+    class Sub(torch.Tensor):
+        pass
+
+    assert module.runs_kernels(torch.ones(1, device=device))
+    assert not module.runs_kernels(torch.ones(1, device=device).as_subclass(Sub))
+    assert not module.runs_kernels(torch.ones(1, device=device, dtype=torch.float64))
+
+
+@pytest.mark.gpu
+def test_a_real_kernel_started_again_with_other_tensors_alignments_and_dtypes(device):
+    """What a wrong key would start is a kernel for another dtype, or one that reads 16 bytes where 2 are aligned."""
+    for dtype in (torch.bfloat16, torch.float32, torch.bfloat16):
+        for offset in (0, 1, 0, 3):
+            x = torch.randn(4 * 64 + offset, device=device, dtype=dtype)[offset:].view(4, 64)
+            torch.testing.assert_close(rms_norm(x), rms_norm(x.clone()))
+            torch.testing.assert_close(swiglu(x, x), swiglu(x.clone(), x.clone()))
