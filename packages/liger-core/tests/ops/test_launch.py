@@ -1,4 +1,4 @@
-"""How a kernel is started: on the tensor's device, and again through the variant that Triton chose, if it is the same."""
+"""How a kernel is started: on its tensor's device, and again through the variant that Triton chose before."""
 
 from __future__ import annotations
 
