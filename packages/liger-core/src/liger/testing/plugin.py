@@ -3,7 +3,7 @@
 Loaded before any test is collected, because Triton decides at a kernel's definition whether it is interpreted.
 
 Fixtures: `device`, the GPU where there is one; `path`, which runs a test twice, through the kernels and through the
-references; `poisoned_memory`, under which memory that nothing wrote reads as NaN.
+references; `poisoned_memory`, under which memory that nothing wrote reads as NaN. Every test is seeded.
 Marker: `gpu`, for what only a GPU can show; skipped elsewhere, and counted in the closing lines.
 """
 
@@ -59,6 +59,12 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     skipped = [r for r in terminalreporter.getreports("skipped") if "needs a GPU" in str(r.longrepr)]
     where = torch.cuda.get_device_name() if HAS_GPU else "the CPU, kernels in Triton's interpreter"
     terminalreporter.write_line(f"ran on {where}; {len(skipped)} tests skipped that need a GPU")
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    """The same random inputs in every run, whatever ran before; others with another `LIGER_SEED`."""
+    torch.manual_seed(int(os.environ.get("LIGER_SEED", "0")))
 
 
 @pytest.fixture(scope="session")
