@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 import torch
 
@@ -134,6 +136,22 @@ def test_a_tensor_subclass_takes_the_reference(device):
     assert module.runs_kernels(torch.ones(1, device=device))
     assert not module.runs_kernels(torch.ones(1, device=device).as_subclass(Sub))
     assert not module.runs_kernels(torch.ones(1, device=device, dtype=torch.float64))
+    assert module.runs_kernels(torch.ones(1, device=device), None, torch.ones(1, device=device, dtype=torch.bfloat16))
+    assert not module.runs_kernels(torch.ones(1, device=device), None, torch.ones(1, device=device).as_subclass(Sub))
+
+
+def test_a_weight_whose_memory_is_not_what_its_shape_says_keeps_the_kernel_away(device, monkeypatch):
+    """A sharded or quantised weight beside a plain input: a kernel would read beyond what it holds."""
+
+    class Sub(torch.Tensor):
+        pass
+
+    x, weight = torch.randn(3, 8, device=device), torch.rand(8, device=device)
+    expected = rms_norm(x, weight)
+    monkeypatch.setattr(
+        importlib.import_module("liger.ops.rms_norm"), "launch", lambda *_, **__: pytest.fail("started")
+    )
+    torch.testing.assert_close(rms_norm(x, weight.as_subclass(Sub)).as_subclass(torch.Tensor), expected)
 
 
 @pytest.mark.gpu

@@ -103,6 +103,6 @@ def add_rms_norm(
         raise ValueError(f"add_rms_norm: residual is on {residual.device}, expected x's device {x.device}")
     if not residual.is_floating_point():
         raise TypeError(f"add_rms_norm: residual must have a floating-point dtype, not {residual.dtype}")
-    if runs_kernels(x) and runs_kernels(residual) and 0 < x.shape[-1] <= MAX_COLUMNS:
+    if runs_kernels(x, residual, weight) and 0 < x.shape[-1] <= MAX_COLUMNS:
         return _AddRMSNorm.apply(x, residual, weight, eps, offset, cast)
     return reference(x, residual, weight, eps, offset=offset, cast=cast)

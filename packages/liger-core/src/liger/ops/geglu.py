@@ -48,6 +48,6 @@ def geglu(gate: Tensor, up: Tensor, approximate: Approximate = "tanh") -> Tensor
     check("geglu", gate, up)
     if approximate not in ("tanh", "none"):
         raise ValueError(f"geglu: approximate must be 'tanh' or 'none', not {approximate!r}")
-    if runs_kernels(gate):
+    if runs_kernels(gate, up):
         return Gated.apply(gate, up, "gelu_tanh" if approximate == "tanh" else "gelu")
     return reference(gate, up, approximate)

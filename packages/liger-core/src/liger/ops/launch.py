@@ -61,15 +61,15 @@ def jit(*, varying: tuple[str, ...]) -> Callable[[Callable[..., None]], Any]:
     return decorate
 
 
-def runs_kernels(x: Tensor) -> bool:
+def runs_kernels(x: Tensor, *others: Tensor | None) -> bool:
     """Whether `x` takes the Triton kernels: fp32, bf16 or fp16, on a GPU (or on the CPU in Triton's interpreter).
 
-    A tensor subclass (DTensor, a quantised tensor) does not: its memory is not what its shape says. The references are
-    torch operations, which it knows.
+    So must the `others` that the kernel reads, where there are any. A tensor subclass (DTensor, a quantised tensor)
+    does not: its memory is not what its shape says. The references are torch operations, which it knows.
     """
-    if triton is None or not enabled or x.dtype not in _KERNEL_DTYPES or type(x) not in _PLAIN:
+    if triton is None or not enabled or not (x.is_cuda or (INTERPRETED and x.device.type == "cpu")):
         return False
-    return x.is_cuda or (INTERPRETED and x.device.type == "cpu")
+    return all(t is None or (t.dtype in _KERNEL_DTYPES and type(t) in _PLAIN) for t in (x, *others))
 
 
 def launch(kernel: Any, grid: tuple[int], x: Tensor, *args: Any, num_warps: int, **constexprs: Any) -> None:

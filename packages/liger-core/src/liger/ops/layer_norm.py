@@ -202,7 +202,7 @@ def layer_norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = No
         _check_parameter("weight", weight, x)
     if bias is not None:
         _check_parameter("bias", bias, x)
-    if runs_kernels(x) and 0 < x.shape[-1] <= _MAX_COLUMNS:
+    if runs_kernels(x, weight, bias) and 0 < x.shape[-1] <= _MAX_COLUMNS:
         return _LayerNorm.apply(x, weight, bias, eps)
     return reference(x, weight, bias, eps)
 

@@ -30,6 +30,7 @@ from liger.ops.column_sums import column_sums
 from liger.ops.launch import jit, launch, next_power_of_2, runs_kernels, sm_count, tl
 from liger.ops.rms_norm import Cast
 from liger.ops.rms_norm import reference as reference_norm
+from liger.ops.rotary import check_shapes, empty_heads, with_contiguous_columns
 from liger.ops.rotary import reference as reference_rotary
 
 _MAX_COLUMNS = 1024
@@ -215,18 +216,6 @@ def _backward_kernel(
             tl.store(dw + COLUMNS, tl.sum(dw2_sum, axis=0), mask=column < COLUMNS)
 
 
-def _empty(like: Tensor, dtype: torch.dtype, head_dim: int) -> Tensor:
-    """An empty tensor of the shape of `like`, in memory the heads of a token side by side."""
-    heads, tokens, columns = like.shape[head_dim], like.shape[3 - head_dim], like.shape[3]
-    head, token = columns, heads * columns
-    strides = (tokens * token, *((head, token) if head_dim == 1 else (token, head)), 1)
-    return torch.empty_strided(like.shape, strides, dtype=dtype, device=like.device)
-
-
-def _with_contiguous_columns(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
 def _strides(x: Tensor, head_dim: int) -> tuple[int, int, int]:
     return x.stride(0), x.stride(3 - head_dim), x.stride(head_dim)
 
@@ -246,7 +235,7 @@ def _launch_forward(
     outs = []
     for x, weight in ((q, q_weight), (k, k_weight)):
         normed = x.dtype if weight is None or cast == "gemma" else torch.promote_types(x.dtype, weight.dtype)
-        outs.append(_empty(x, torch.promote_types(normed, cos.dtype), head_dim))
+        outs.append(empty_heads(x, torch.promote_types(normed, cos.dtype), head_dim, token_major=True))
     tokens, q_heads, k_heads = q.shape[3 - head_dim], q.shape[head_dim], k.shape[head_dim]
     block_columns = next_power_of_2(q.shape[3])
     block_q, block_k = (_heads_at_once(heads, block_columns, _FORWARD_TILE) for heads in (q_heads, k_heads))
@@ -314,7 +303,7 @@ class _QKNormRotary(torch.autograd.Function):
         ctx: Any, q: Tensor, k: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, cos: Tensor, sin: Tensor,
         eps: float, offset: float, cast: Cast, head_dim: int,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        q, k = _with_contiguous_columns(q), _with_contiguous_columns(k)
+        q, k = with_contiguous_columns(q), with_contiguous_columns(k)
         q_weight, k_weight = (None if w is None else w.contiguous() for w in (q_weight, k_weight))
         if cos.stride(-1) != 1 or cos.stride() != sin.stride():
             cos, sin = cos.contiguous(), sin.contiguous()
@@ -332,8 +321,8 @@ class _QKNormRotary(torch.autograd.Function):
         taken = []
         for i, (dy, x, weight) in enumerate(zip(dys, (q, k), (q_weight, k_weight), strict=True)):
             if dy is not None and (ctx.needs_input_grad[i] or ctx.needs_input_grad[2 + i]):
-                dx = _empty(x, x.dtype, ctx.head_dim)
-                parts.append(_Part(_with_contiguous_columns(dy), x, dx, weight))
+                dx = empty_heads(x, x.dtype, ctx.head_dim, token_major=True)
+                parts.append(_Part(with_contiguous_columns(dy), x, dx, weight))
                 taken.append(i)
                 if ctx.needs_input_grad[i]:
                     gradients[i] = dx
@@ -385,7 +374,7 @@ def qk_norm_rotary(
     """
     _check(q, k, q_weight, k_weight, cos, sin, cast, unsqueeze_dim)
     trains_angles = torch.is_grad_enabled() and (cos.requires_grad or sin.requires_grad)
-    on_kernels = all(runs_kernels(t) for t in (q, k, q_weight, k_weight, cos, sin) if t is not None)
+    on_kernels = runs_kernels(q, k, q_weight, k_weight, cos, sin)
     if on_kernels and not trains_angles and 0 < q.shape[3] <= _MAX_COLUMNS:
         return _QKNormRotary.apply(q, k, q_weight, k_weight, cos, sin, eps, offset, cast, unsqueeze_dim)
     return reference(q, k, q_weight, k_weight, cos, sin, eps, offset=offset, cast=cast, unsqueeze_dim=unsqueeze_dim)
@@ -399,9 +388,6 @@ def _check(
         raise ValueError(f"qk_norm_rotary: unsqueeze_dim must be 1 or 2, not {head_dim!r}")
     if cast not in ("llama", "gemma"):
         raise ValueError(f"qk_norm_rotary: cast must be 'llama' or 'gemma', not {cast!r}")
-    q_shape, k_shape, cos_shape = q.shape, k.shape, cos.shape
-    if len(q_shape) != 4:
-        raise ValueError(f"qk_norm_rotary: q has shape {tuple(q_shape)}, expected 4 dimensions")
     for name, t in (("q", q), ("k", k), ("q_weight", q_weight), ("k_weight", k_weight), ("cos", cos), ("sin", sin)):
         if t is None:
             continue
@@ -409,24 +395,11 @@ def _check(
             raise TypeError(f"qk_norm_rotary: {name} must have a floating-point dtype, not {t.dtype}")
         if t.device != q.device:
             raise ValueError(f"qk_norm_rotary: {name} is on {t.device}, expected q's device {q.device}")
-        if name.endswith("weight") and t.shape != q_shape[3:]:
-            raise ValueError(f"qk_norm_rotary: {name} has shape {tuple(t.shape)}, expected ({q_shape[3]},)")
     if k.dtype != q.dtype or sin.dtype != cos.dtype:
         raise TypeError(
             f"qk_norm_rotary: k has dtype {k.dtype} and sin {sin.dtype}, expected q's {q.dtype} and cos's {cos.dtype}"
         )
-    token_dim = 3 - head_dim
-    if len(k_shape) != 4 or any(k_shape[dim] != q_shape[dim] for dim in (0, token_dim, 3)):
-        raise ValueError(
-            f"qk_norm_rotary: k has shape {tuple(k_shape)}, expected q's {tuple(q_shape)} but for dimension {head_dim}"
-        )
-    if len(cos_shape) != 3 or cos_shape[0] not in (1, q_shape[0]) or cos_shape[1] != q_shape[token_dim]:
-        raise ValueError(
-            f"qk_norm_rotary: cos has shape {tuple(cos_shape)}, expected ({q_shape[0]} or 1, {q_shape[token_dim]}, R)"
-        )
-    if cos_shape[2] % 2 or not 0 < cos_shape[2] <= q_shape[3]:
-        raise ValueError(
-            f"qk_norm_rotary: cos has {cos_shape[2]} columns, expected an even number up to q's {q_shape[3]}"
-        )
-    if sin.shape != cos_shape:
-        raise ValueError(f"qk_norm_rotary: sin has shape {tuple(sin.shape)}, expected cos's {tuple(cos_shape)}")
+    check_shapes("qk_norm_rotary", q, k, cos, sin, head_dim)
+    for name, weight in (("q_weight", q_weight), ("k_weight", k_weight)):
+        if weight is not None and weight.shape != q.shape[3:]:
+            raise ValueError(f"qk_norm_rotary: {name} has shape {tuple(weight.shape)}, expected ({q.shape[3]},)")

@@ -206,7 +206,7 @@ def rms_norm(
         TypeError: `x` or `weight` is not a floating-point tensor.
     """
     check(x, weight, cast, "rms_norm")
-    if runs_kernels(x) and 0 < x.shape[-1] <= MAX_COLUMNS:
+    if runs_kernels(x, weight) and 0 < x.shape[-1] <= MAX_COLUMNS:
         return _RMSNorm.apply(x, weight, eps, offset, cast)
     return reference(x, weight, eps, offset=offset, cast=cast)
 

@@ -108,7 +108,7 @@ def _rotate_kernel(
         )  # fmt: skip
 
 
-def _empty(like: Tensor, dtype: torch.dtype, head_dim: int, token_major: bool) -> Tensor:
+def empty_heads(like: Tensor, dtype: torch.dtype, head_dim: int, token_major: bool) -> Tensor:
     """An empty tensor of the shape of `like`, its heads side by side in memory (`token_major`) or its tokens."""
     heads, tokens, columns = like.shape[head_dim], like.shape[3 - head_dim], like.shape[3]
     head, token = (columns, heads * columns) if token_major else (tokens * columns, columns)
@@ -120,7 +120,8 @@ def _is_token_major(x: Tensor, head_dim: int) -> bool:
     return x.stride(3 - head_dim) >= x.stride(head_dim)
 
 
-def _with_contiguous_columns(x: Tensor) -> Tensor:
+def with_contiguous_columns(x: Tensor) -> Tensor:
+    """`x`, or a copy where its last dimension is not contiguous."""
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
@@ -154,12 +155,12 @@ def _launch(pairs: list[tuple[Tensor, Tensor]], cos: Tensor, sin: Tensor, head_d
 class _Rotary(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
-        q, k = _with_contiguous_columns(q), _with_contiguous_columns(k)
+        q, k = with_contiguous_columns(q), with_contiguous_columns(k)
         if cos.stride(-1) != 1 or cos.stride() != sin.stride():
             cos, sin = cos.contiguous(), sin.contiguous()
         dtype = torch.promote_types(q.dtype, cos.dtype)
         token_major = _is_token_major(q, head_dim), _is_token_major(k, head_dim)
-        q_out, k_out = _empty(q, dtype, head_dim, token_major[0]), _empty(k, dtype, head_dim, token_major[1])
+        q_out, k_out = empty_heads(q, dtype, head_dim, token_major[0]), empty_heads(k, dtype, head_dim, token_major[1])
         _launch([(q, q_out), (k, k_out)], cos, sin, head_dim, transposed=False)
         ctx.save_for_backward(cos, sin)
         ctx.dtype, ctx.head_dim, ctx.token_major = q.dtype, head_dim, token_major
@@ -173,8 +174,8 @@ class _Rotary(torch.autograd.Function):
         gradients: list[Tensor | None] = [None, None]
         for i in range(2):
             if ctx.needs_input_grad[i]:
-                dout = _with_contiguous_columns(douts[i])
-                gradients[i] = dx = _empty(dout, ctx.dtype, ctx.head_dim, ctx.token_major[i])
+                dout = with_contiguous_columns(douts[i])
+                gradients[i] = dx = empty_heads(dout, ctx.dtype, ctx.head_dim, ctx.token_major[i])
                 pairs.append((dout, dx))
         if pairs:
             _launch(pairs, cos, sin, ctx.head_dim, transposed=True)
@@ -200,7 +201,7 @@ def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 
     """
     _check(q, k, cos, sin, unsqueeze_dim)
     trains_angles = torch.is_grad_enabled() and (cos.requires_grad or sin.requires_grad)
-    if runs_kernels(q) and runs_kernels(cos) and not trains_angles:
+    if runs_kernels(q, k, cos, sin) and not trains_angles:
         return _Rotary.apply(q, k, cos, sin, unsqueeze_dim)
     return reference(q, k, cos, sin, unsqueeze_dim)
 
@@ -218,31 +219,36 @@ def _check(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, head_dim: int) -> Non
         raise ValueError(
             f"rotary: k, cos and sin are on {k.device}, {cos.device} and {sin.device}, expected q's device {q.device}"
         )
+    check_shapes("rotary", q, k, cos, sin, head_dim)
+
+
+def check_shapes(op: str, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, head_dim: int) -> None:
+    """Raise, in the name of `op`, unless q, k, cos and sin fit each other."""
     q_shape, k_shape, cos_shape, token_dim = q.shape, k.shape, cos.shape, 3 - head_dim
     if len(q_shape) != 4:
-        raise ValueError(f"rotary: q has shape {tuple(q_shape)}, expected 4 dimensions")
+        raise ValueError(f"{op}: q has shape {tuple(q_shape)}, expected 4 dimensions")
     if len(k_shape) != 4 or any(k_shape[dim] != q_shape[dim] for dim in (0, token_dim, 3)):
         raise ValueError(
-            f"rotary: k has shape {tuple(k_shape)}, expected q's {tuple(q_shape)} but for dimension {head_dim}"
+            f"{op}: k has shape {tuple(k_shape)}, expected q's {tuple(q_shape)} but for dimension {head_dim}"
         )
     if len(cos_shape) != 3 or cos_shape[0] not in (1, q_shape[0]) or cos_shape[1] != q_shape[token_dim]:
         raise ValueError(
-            f"rotary: cos has shape {tuple(cos_shape)}, expected ({q_shape[0]} or 1, {q_shape[token_dim]}, R)"
+            f"{op}: cos has shape {tuple(cos_shape)}, expected ({q_shape[0]} or 1, {q_shape[token_dim]}, R)"
         )
     if cos_shape[2] % 2 or not 0 < cos_shape[2] <= q_shape[3]:
-        raise ValueError(f"rotary: cos has {cos_shape[2]} columns, expected an even number up to q's {q_shape[3]}")
+        raise ValueError(f"{op}: cos has {cos_shape[2]} columns, expected an even number up to q's {q_shape[3]}")
     if sin.shape != cos_shape:
-        raise ValueError(f"rotary: sin has shape {tuple(sin.shape)}, expected cos's {tuple(cos_shape)}")
+        raise ValueError(f"{op}: sin has shape {tuple(sin.shape)}, expected cos's {tuple(cos_shape)}")
 
 
 class _RotaryOne(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, head_dim: int) -> Tensor:
-        x = _with_contiguous_columns(x)
+        x = with_contiguous_columns(x)
         if cos.stride(-1) != 1 or cos.stride() != sin.stride():
             cos, sin = cos.contiguous(), sin.contiguous()
         token_major = _is_token_major(x, head_dim)
-        y = _empty(x, torch.promote_types(x.dtype, cos.dtype), head_dim, token_major)
+        y = empty_heads(x, torch.promote_types(x.dtype, cos.dtype), head_dim, token_major)
         _launch([(x, y)], cos, sin, head_dim, transposed=False)
         ctx.save_for_backward(cos, sin)
         ctx.dtype, ctx.head_dim, ctx.token_major = x.dtype, head_dim, token_major
@@ -251,8 +257,8 @@ class _RotaryOne(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        dout = _with_contiguous_columns(dout)
-        dx = _empty(dout, ctx.dtype, ctx.head_dim, ctx.token_major)
+        dout = with_contiguous_columns(dout)
+        dx = empty_heads(dout, ctx.dtype, ctx.head_dim, ctx.token_major)
         cos, sin = ctx.saved_tensors
         _launch([(dout, dx)], cos, sin, ctx.head_dim, transposed=True)
         return dx, None, None, None
@@ -275,6 +281,6 @@ def rotary_one(x: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> T
     """
     _check(x, x, cos, sin, unsqueeze_dim)
     trains_angles = torch.is_grad_enabled() and (cos.requires_grad or sin.requires_grad)
-    if runs_kernels(x) and runs_kernels(cos) and not trains_angles:
+    if runs_kernels(x, cos, sin) and not trains_angles:
         return _RotaryOne.apply(x, cos, sin, unsqueeze_dim)
     return _rotated(x, cos, sin, unsqueeze_dim)

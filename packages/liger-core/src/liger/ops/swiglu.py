@@ -38,6 +38,6 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
         TypeError: `gate` is not a floating-point tensor, or `up` has another dtype.
     """
     check("swiglu", gate, up)
-    if runs_kernels(gate):
+    if runs_kernels(gate, up):
         return Gated.apply(gate, up, "silu")
     return reference(gate, up)
