@@ -1,0 +1,190 @@
+"""What one forward of a model was asked for when labels are given, and what its head made of it.
+
+The head computes the loss and hands on an empty placeholder for the logits (see `causal_lm`). The loss reaches the
+placeholder and comes back out of it through autograd, so that backward enters the head through the head's output: FSDP
+gathers a head of its own there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from liger.lazy_logits import LazyLogits
+from liger.ops import cross_entropy, linear_cross_entropy
+
+StockLoss = Literal["ForCausalLMLoss", "ForMaskedLMLoss"]
+
+
+def stock_loss_of(name: StockLoss) -> Callable[..., Tensor]:
+    """One of the loss functions that this file knows; imported late, because liger itself needs no transformers."""
+    from transformers.loss import loss_utils
+
+    return getattr(loss_utils, name)
+
+
+class LossRequest:
+    """What one forward of a model was asked for, and what its head made of it."""
+
+    def __init__(self, labels: Tensor, loss: StockLoss, softcap: float | None, kwargs: dict[str, Any]) -> None:
+        self.labels = labels
+        self.known_loss = stock_loss_of(loss)
+        self.softcap = softcap
+        self.shifts = loss == "ForCausalLMLoss"
+        self.shift_labels: Tensor | None = kwargs.get("shift_labels")
+        self.num_items_in_batch: Tensor | int | None = kwargs.get("num_items_in_batch")
+        self.ignore_index: int = kwargs.get("ignore_index", -100)
+        self.loss: Tensor | None = None
+        self.placeholder: Tensor | None = None
+        self.recompute: Callable[[torch.dtype], Tensor] | None = None
+        self.upstream: list[Tensor] = []
+        self.shape = torch.Size()
+
+    def target(self) -> Tensor:
+        """For each position its label or that of the next, flattened, as the model's own loss takes them."""
+        if not self.shifts:
+            return self.labels.reshape(-1)
+        if self.shift_labels is not None:
+            return self.shift_labels.reshape(-1)
+        return F.pad(self.labels, (0, 1), value=self.ignore_index)[..., 1:].reshape(-1)
+
+    def can_fuse(self, head: Any, hidden: Tensor) -> bool:
+        """Whether the head's weight is one that the op may read, and there is a target for every hidden state."""
+        plain = type(head.weight) in (Tensor, nn.Parameter) and type(hidden) in (Tensor, nn.Parameter)
+        return plain and self.loss is None and self._fits(hidden)
+
+    def _fits(self, rows: Tensor) -> bool:
+        """Whether there is one label for every row, and one number to divide by."""
+        labels, items = self.labels, self.num_items_in_batch
+        if self.shifts and self.shift_labels is not None:
+            labels = self.shift_labels
+        scalar = items.dim() == 0 if isinstance(items, Tensor) else True
+        return scalar and rows.shape[:-1].numel() == labels.numel()
+
+    def compute_in(self, head: Any, hidden: Tensor) -> Tensor:
+        """Compute the loss from hidden states (..., H) and return the placeholder (..., 0) for the logits."""
+        items = self.num_items_in_batch
+        self.loss = linear_cross_entropy(
+            hidden.reshape(-1, hidden.shape[-1]),
+            head.weight,
+            self.target().to(hidden.device),
+            linear_bias=head.bias,
+            reduction="mean" if items is None else "sum",
+            ignore_index=self.ignore_index,
+            softcap=self.softcap,
+            denominator=items,
+        )
+        self.shape = torch.Size((*hidden.shape[:-1], head.weight.shape[0]))
+        kind = hidden.device.type
+        autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        placeholder = hidden.new_empty((*hidden.shape[:-1], 0), dtype=autocast or hidden.dtype)
+        if torch.compiler.is_compiling():
+            return placeholder
+        self.recompute = self._recompute_in(head, hidden, autocast)
+        return _Into.apply(self.loss, placeholder, self.upstream) if self.loss.requires_grad else placeholder
+
+    def _recompute_in(self, head: Any, hidden: Tensor, autocast: torch.dtype | None) -> Callable[[torch.dtype], Tensor]:
+        grad, inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+        version = None if head.weight.is_inference() else head.weight._version  # inference tensors do not count theirs
+        softcap = self.softcap
+
+        def recompute(dtype: torch.dtype) -> Tensor:
+            if version is not None and head.weight._version != version:
+                raise RuntimeError(
+                    "outputs.logits are computed when they are first read, and the head's weight has changed since the "
+                    "forward; read them before optimizer.step()"
+                )
+            with (
+                torch.inference_mode(inference),
+                torch.set_grad_enabled(grad),
+                torch.autocast(hidden.device.type, autocast, enabled=autocast is not None),
+            ):
+                logits = head(hidden)
+                if softcap is not None:
+                    logits = torch.tanh(logits / softcap) * softcap
+                return logits.to(dtype)
+
+        return recompute
+
+    def loss_function(
+        self,
+        logits: Tensor,
+        labels: Tensor,
+        vocab_size: int,
+        num_items_in_batch: Tensor | int | None = None,
+        ignore_index: int = -100,
+        shift_labels: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """Stands where the model's own loss stood, with the parameters of `ForCausalLMLoss`."""
+        as_asked = (
+            labels is self.labels
+            and num_items_in_batch is self.num_items_in_batch
+            and shift_labels is self.shift_labels
+            and ignore_index == self.ignore_index
+        )
+        if self.loss is not None:
+            if as_asked and vocab_size == self.shape[-1]:
+                self.placeholder = logits
+                return _OutOf.apply(logits, self.loss.detach(), self.upstream) if logits.requires_grad else self.loss
+            assert self.recompute is not None, "the model changed the loss's arguments inside a compiled graph"
+            logits = self.recompute(logits.dtype)
+        if as_asked and type(logits) is Tensor and logits.shape[-1] == vocab_size and self._fits(logits):
+            return cross_entropy(
+                logits.reshape(-1, vocab_size),
+                self.target().to(logits.device),
+                ignore_index=ignore_index,
+                reduction="mean" if num_items_in_batch is None else "sum",
+                denominator=num_items_in_batch,
+            )
+        options = {"num_items_in_batch": num_items_in_batch, "shift_labels": shift_labels, **kwargs}
+        return self.known_loss(logits, labels, vocab_size, ignore_index=ignore_index, **options)
+
+    def with_lazy_logits(self, output: Any) -> Any:
+        """`output` with lazy logits in the placeholder's place; with none at all in a compiled graph."""
+        placeholder, recompute = self.placeholder, self.recompute
+        if placeholder is None:
+            return output
+        if recompute is None:
+            kept = {name: value for name, value in output.items() if value is not placeholder}
+            return type(output)(**kept)
+        dtype = placeholder.dtype
+        lazy = LazyLogits(lambda: recompute(dtype), self.shape, dtype, placeholder.device)
+        if isinstance(output, tuple):
+            return tuple(lazy if value is placeholder else value for value in output)
+        for name, value in output.items():
+            if value is placeholder:
+                output[name] = lazy
+        return output
+
+
+class _Into(torch.autograd.Function):
+    """The loss goes into the placeholder. Backward: its gradient comes in `upstream`, beside the empty tensor's."""
+
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, placeholder: Tensor, upstream: list[Tensor]) -> Tensor:
+        ctx.upstream = upstream
+        return placeholder.clone()
+
+    @staticmethod
+    def backward(ctx: Any, _: Tensor) -> tuple[Tensor, None, None]:
+        return ctx.upstream.pop(), None, None
+
+
+class _OutOf(torch.autograd.Function):
+    """The loss comes out of the placeholder. Backward: its gradient is left in `upstream` for `_Into`."""
+
+    @staticmethod
+    def forward(ctx: Any, placeholder: Tensor, loss: Tensor, upstream: list[Tensor]) -> Tensor:
+        ctx.upstream = upstream
+        ctx.empty = placeholder.detach()
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        ctx.upstream.append(grad)
+        return ctx.empty, None, None
