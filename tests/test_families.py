@@ -140,7 +140,8 @@ def wrong_values(owner: object, field: str, value: object) -> Iterator[object]:
     elif isinstance(value, float):
         yield 1.0 - value
     elif value is None:
-        yield "initializer_range" if isinstance(owner, CausalLM) else "misspelt"
+        scale = "config." if field.startswith("logit_") else ""
+        yield f"{scale}initializer_range" if isinstance(owner, CausalLM) else "misspelt"
     else:
         yield f"misspelt_{value}"
         if field in ("softcap", "dropout"):

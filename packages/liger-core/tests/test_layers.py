@@ -181,8 +181,11 @@ def test_dropout_stands_between_the_product_and_the_last_projection(device):
 
 def test_a_head_or_a_softcap_that_is_not_there(device):
     stock = build(PhiForCausalLM, PhiConfig(**TINY), device)
+    unread = "its logits' scale and softcap cannot be read"
     for head, reason in [
-        (CausalLM("PhiForCausalLM", softcap="logits_cap"), "its config has no logits_cap"),
+        (CausalLM("PhiForCausalLM", softcap="cap"), f"{unread}: 'PhiConfig' object has no attribute 'cap'"),
+        (CausalLM("PhiForCausalLM", logit_scale="config"), "its config is PhiConfig, not a number"),
+        (CausalLM("PhiForCausalLM", logit_divisor="config.d"), f"{unread}: 'PhiConfig' object has no attribute 'd'"),
         (
             CausalLM("PhiForCausalLM", loss="ForMaskedLMLoss"),
             "its loss function is ForCausalLMLoss, not ForMaskedLMLoss",

@@ -4,7 +4,7 @@ The model's forward is not restated. It runs as it is, with two of its parts ans
 
     lm_head(hidden)          computes the loss from hidden states, weight and targets, where whatever wraps the head has
                              made its weight whole (FSDP, ZeRO-3, DDP's hooks), and returns a placeholder whose last
-                             dimension is 0, which passes through a softcap or a cast at no cost
+                             dimension is 0, which passes through a scale, a softcap or a cast at no cost
     self.loss_function(...)  returns that loss; what the model then adds to it (a router's auxiliary loss) it adds
 
 Whatever differs from what this file knows (another loss function, other labels than the forward was given, a head that
@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from liger.loss_request import LossRequest, StockLoss, stock_loss_of
+from liger.loss_request import AfterHead, LossRequest, StockLoss, stock_loss_of
 
 _REQUEST = "_liger_loss_request"
 
@@ -37,6 +37,8 @@ class CausalLM:
         head: its attribute that holds the head, dotted where it lies deeper.
         softcap: the config's attribute, perhaps dotted, that holds the logits' softcap, if the model applies one; None
             there means that it applies none.
+        logit_scale: the model's attribute, perhaps dotted (`config.logit_scale`), that its logits are multiplied by.
+        logit_divisor: the one that they are divided by. Scaled logits are then capped.
         loss: which of transformers' losses the model takes: ForCausalLMLoss compares each position with the label of
             the next, ForMaskedLMLoss with its own.
     """
@@ -44,6 +46,8 @@ class CausalLM:
     model: str
     head: str = "lm_head"
     softcap: str | None = None
+    logit_scale: str | None = None
+    logit_divisor: str | None = None
     loss: StockLoss = "ForCausalLMLoss"
 
     def declines(self, model: nn.Module) -> str | None:
@@ -52,9 +56,12 @@ class CausalLM:
         if loss_function is not stock_loss_of(self.loss):
             return f"its loss function is {getattr(loss_function, '__qualname__', loss_function)}, not {self.loss}"
         try:
-            self.cap(model)
-        except AttributeError:
-            return f"its config has no {self.softcap}"
+            after = self.after_head(model)
+        except AttributeError as error:
+            return f"its logits' scale and softcap cannot be read: {error}"
+        for name, value in ((self.logit_scale, after.scale), (self.logit_divisor, after.divisor)):
+            if not isinstance(value, (int, float)):
+                return f"its {name} is {type(value).__name__}, not a number"
         return None
 
     def find_head(self, model: nn.Module) -> Any:
@@ -64,9 +71,13 @@ class CausalLM:
         except AttributeError:
             return None
 
-    def cap(self, model: Any) -> float | None:
-        """The softcap of the model's logits."""
-        return attrgetter(self.softcap)(model.config) if self.softcap else None
+    def after_head(self, model: Any) -> AfterHead:
+        """What the model does to its head's output, by its present configuration."""
+        return AfterHead(
+            scale=attrgetter(self.logit_scale)(model) if self.logit_scale else 1.0,
+            divisor=attrgetter(self.logit_divisor)(model) if self.logit_divisor else 1.0,
+            softcap=attrgetter(self.softcap)(model.config) if self.softcap else None,
+        )
 
     def head_declines(self, model: Any) -> str | None:
         """Why the head must return its logits, or None. Asked when applied; `can_fuse` asks again at each call."""
@@ -96,7 +107,7 @@ class CausalLM:
             # A compiled graph cannot hold lazy logits, and an evaluation loop reads them: it gets the real ones.
             if torch.compiler.is_compiling() and not self.training:
                 return stock(self, *args, **kwargs)
-            request = LossRequest(labels, spec.loss, spec.cap(self), kwargs)
+            request = LossRequest(labels, spec.loss, spec.after_head(self), kwargs)
             asked = [part for part in (self, spec.find_head(self)) if part is not None]
             for part in asked:
                 setattr(part, _REQUEST, request)

@@ -8,7 +8,7 @@ gathers a head of its own there.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -27,13 +27,29 @@ def stock_loss_of(name: StockLoss) -> Callable[..., Tensor]:
     return getattr(loss_utils, name)
 
 
+class AfterHead(NamedTuple):
+    """What a model does to its head's output before it is the logits: a scale, a division, a softcap, in this order."""
+
+    scale: float
+    divisor: float
+    softcap: float | None
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        """The model's logits, rounded where the model rounds them."""
+        if self.scale != 1:
+            logits = logits * self.scale
+        if self.divisor != 1:
+            logits = logits / self.divisor
+        return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap
+
+
 class LossRequest:
     """What one forward of a model was asked for, and what its head made of it."""
 
-    def __init__(self, labels: Tensor, loss: StockLoss, softcap: float | None, kwargs: dict[str, Any]) -> None:
+    def __init__(self, labels: Tensor, loss: StockLoss, after_head: AfterHead, kwargs: dict[str, Any]) -> None:
         self.labels = labels
         self.known_loss = stock_loss_of(loss)
-        self.softcap = softcap
+        self.after_head = after_head
         self.shifts = loss == "ForCausalLMLoss"
         self.shift_labels: Tensor | None = kwargs.get("shift_labels")
         self.num_items_in_batch: Tensor | int | None = kwargs.get("num_items_in_batch")
@@ -75,7 +91,8 @@ class LossRequest:
             linear_bias=head.bias,
             reduction="mean" if items is None else "sum",
             ignore_index=self.ignore_index,
-            softcap=self.softcap,
+            softcap=self.after_head.softcap,
+            logit_scale=self.after_head.scale / self.after_head.divisor,
             denominator=items,
         )
         self.shape = torch.Size((*hidden.shape[:-1], head.weight.shape[0]))
@@ -90,7 +107,7 @@ class LossRequest:
     def _recompute_in(self, head: Any, hidden: Tensor, autocast: torch.dtype | None) -> Callable[[torch.dtype], Tensor]:
         grad, inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
         version = None if head.weight.is_inference() else head.weight._version  # inference tensors do not count theirs
-        softcap = self.softcap
+        after_head = self.after_head
 
         def recompute(dtype: torch.dtype) -> Tensor:
             if version is not None and head.weight._version != version:
@@ -103,10 +120,7 @@ class LossRequest:
                 torch.set_grad_enabled(grad),
                 torch.autocast(hidden.device.type, autocast, enabled=autocast is not None),
             ):
-                logits = head(hidden)
-                if softcap is not None:
-                    logits = torch.tanh(logits / softcap) * softcap
-                return logits.to(dtype)
+                return after_head(head(hidden)).to(dtype)
 
         return recompute
 
