@@ -11,11 +11,9 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from liger.ops import linear_cross_entropy
+from liger.ops import linear_chunks, linear_cross_entropy
 from liger.testing import assert_as_exact_as
 from liger.testing.error_rule import relative_error
-
-module = importlib.import_module("liger.ops.linear_cross_entropy")  # the package has a function of this name
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -43,7 +41,7 @@ def chunk_rows(monkeypatch):
         def fixed(rows, *_):
             return [(start, min(start + size, rows)) for start in range(0, rows, size)]
 
-        monkeypatch.setattr(module, "chunks", fixed)
+        monkeypatch.setattr(linear_chunks, "chunks", fixed)
 
     return set_rows
 
@@ -430,35 +428,6 @@ def test_compiles_without_a_graph_break_on_the_cpu(monkeypatch, chunk_rows, redu
             torch.testing.assert_close(a, b)
 
 
-class TestChunks:
-    def test_default_is_at_most_1280_rows_of_a_large_vocabulary(self):
-        sizes = [stop - start for start, stop in module.chunks(8192, 128256, 2, 8192 * 128256)]
-        assert len(sizes) == 7
-        assert set(sizes) == {1152, 1280}
-        assert sum(sizes) == 8192
-
-    @pytest.mark.parametrize("rows", [0, 1, 127, 129, 8200, 12345])
-    @pytest.mark.parametrize("columns", [1, 32000, 262145])
-    @pytest.mark.parametrize("weight_gradient_bytes", [0, 2**28, 2**31])
-    def test_cover_every_row_once_in_balanced_chunks(self, rows, columns, weight_gradient_bytes):
-        parts = module.chunks(rows, columns, 2, weight_gradient_bytes)
-        assert [start for start, _ in parts] == [0, *(stop for _, stop in parts)][:-1] if rows else parts == []
-        assert not rows or parts[-1][1] == rows
-        sizes = [stop - start for start, stop in parts]
-        assert all(size > 0 for size in sizes)
-        assert max(sizes, default=0) - min(sizes, default=0) <= 2 * 128
-        assert all(start % 128 == 0 for start, _ in parts)
-        assert max(sizes, default=0) * columns * 2 <= max(module.CHUNK_BYTES, weight_gradient_bytes)
-
-    def test_memory_budget_is_obeyed_when_no_weight_gradient_is_computed(self, monkeypatch):
-        monkeypatch.setattr(module, "CHUNK_BYTES", 10 * 300 * 2)
-        assert max(stop - start for start, stop in module.chunks(95, 300, 2)) == 10
-
-    def test_a_row_larger_than_the_budget_is_a_chunk(self, monkeypatch):
-        monkeypatch.setattr(module, "CHUNK_BYTES", 1)
-        assert module.chunks(3, 300, 2) == [(0, 1), (1, 2), (2, 3)]
-
-
 @pytest.mark.parametrize("label", [5, -1])
 def test_label_out_of_range_is_named_on_the_cpu(path, label):
     target = torch.tensor([0, label, -100])
@@ -566,7 +535,7 @@ def test_peak_memory(device):
     x, weight, _, target = some(rows, width, columns, device, torch.bfloat16)
     x.requires_grad_()
     dw, logits = weight.numel() * 2, rows * columns * 2
-    chunk = max(stop - start for start, stop in module.chunks(rows, columns, 2, dw)) * columns * 2
+    chunk = max(stop - start for start, stop in linear_chunks.chunks(rows, columns, 2, dw)) * columns * 2
     assert chunk <= logits / 2
 
     def peak():

@@ -1,0 +1,189 @@
+"""A head's linear layer in chunks of rows, so that its (M, V) logits never exist as a whole.
+
+    logits = x Wᵀ + b        dx = dlogits W        dW = dlogitsᵀ x        db = Σ_rows dlogits
+
+A chunk of logits is computed into a buffer, where the op puts its gradient in its place, and is used up in dx, dW and
+db before the next one.
+
+The products are matmuls of the compute dtype, which sum in fp32; db is summed in fp32 (fp64 for fp64). dW is summed
+over the chunks in a dtype that the op chooses, rounded once a chunk.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+CHUNK_BYTES = 256 * 2**20
+"""How much memory one chunk of logits may take: 1024 rows of 128256 in bf16."""
+
+CPU_CHUNK_BYTES = 8 * 2**20
+"""The same on a CPU, where the reference makes several tensors of a chunk's size."""
+
+_TILE = 128  # rows that the matmuls work on at once
+_ROWS_PER_UPDATE = 1280  # rows whose product with x takes longer than reading and writing dW
+_UPDATES = 8  # rounding dW this often leaves its error within the error rule
+
+Gradients = tuple[Tensor, Tensor, Tensor]
+Needs = tuple[bool, bool, bool]
+
+
+def chunks(
+    rows: int, columns: int, itemsize: int, weight_gradient_bytes: int = 0, chunk_bytes: int | None = None
+) -> list[tuple[int, int]]:
+    """(start, stop) of every chunk of rows, all of a size within one tile of 128 rows.
+
+    A chunk takes at most `chunk_bytes` (CHUNK_BYTES). Where dW is computed, every chunk reads, adds to and rounds all
+    of dW: there it may take as much memory as dW does, if it needs that for 1280 rows, or for 8 chunks in all.
+    """
+    most = (chunk_bytes or CHUNK_BYTES) // (columns * itemsize)
+    if weight_gradient_bytes:
+        wanted = max(_ROWS_PER_UPDATE, -(-rows // _UPDATES))
+        most = max(most, min(wanted, weight_gradient_bytes // (columns * itemsize)))
+    tile = _TILE if most >= _TILE else 1
+    tiles = -(-rows // tile)
+    count = -(-tiles // max(most // tile, 1))
+    edges = [min(i * tiles // count * tile, rows) for i in range(count + 1)] if count else []
+    return list(itertools.pairwise(edges))
+
+
+def project(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    """`out` = x Wᵀ + b, all of one dtype."""
+    if bias is None:
+        torch.mm(x, weight.t(), out=out)
+    else:
+        torch.addmm(bias, x, weight.t(), out=out)
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
+    """`total` += a b, or = a b for the first; rounded once, to the dtype of `total`."""
+    beta = 0 if first else 1  # with 0, what is in `total` is not read
+    if total.dtype == a.dtype:
+        torch.addmm(total, a, b, beta=beta, out=total)
+    elif total.is_cuda and total.dtype == torch.float32:
+        torch.addmm(total, a, b, out_dtype=total.dtype, beta=beta, out=total)
+    elif first:
+        total.copy_(a @ b)
+    else:
+        total.add_(a @ b)
+
+
+def needed(input: Tensor, weight: Tensor, bias: Tensor | None) -> Needs:
+    """Which of them want a gradient now."""
+    on = torch.is_grad_enabled()
+    return on and input.requires_grad, on and weight.requires_grad, on and bias is not None and bias.requires_grad
+
+
+def empty_gradients(
+    input: Tensor, weight: Tensor, needs: Needs, compute_dtype: torch.dtype, accum_dtype: torch.dtype
+) -> Gradients:
+    """dx, dW (in `accum_dtype`) and db (fp32 or fp64), not yet filled; of no elements where they are not needed."""
+    needs_input, needs_weight, needs_bias = needs
+    wide = torch.promote_types(compute_dtype, torch.float32)
+    return (
+        input.new_empty(input.shape if needs_input else (0,)),
+        input.new_empty(weight.shape if needs_weight else (0,), dtype=accum_dtype),
+        input.new_empty(weight.shape[0] if needs_bias else 0, dtype=wide),
+    )
+
+
+def through_chunks(
+    input: Tensor, weight: Tensor, bias: Tensor | None, compute_dtype: torch.dtype,
+    fill: Callable[[Tensor, slice], None], needs: Needs, gradients: Gradients, *, buffers: int = 1,
+    share_of_dw: float = 1.0,
+) -> None:  # fmt: skip
+    """Call `fill(logits, rows)` with every chunk's logits, and fill `gradients` from what it leaves in their place.
+
+    `buffers`: how many tensors of the logits' size the op holds for a chunk. `share_of_dw`: how much of the memory that
+    dW takes a chunk may take as well, for fewer additions to dW.
+    """
+    dx, dw, db = gradients
+    needs_input, needs_weight, needs_bias = needs
+    rows, columns = input.shape[0], weight.shape[0]
+    if not rows:
+        dw.zero_()
+        db.zero_()
+    budget = min(CPU_CHUNK_BYTES, CHUNK_BYTES) if input.device.type == "cpu" else None
+    beside = int(dw.numel() * dw.element_size() * share_of_dw)
+    parts = chunks(rows, columns, compute_dtype.itemsize * buffers, beside, budget)
+    buffer = input.new_empty((max((stop - start for start, stop in parts), default=0), columns), dtype=compute_dtype)
+
+    w = weight.to(compute_dtype)
+    b = None if bias is None else bias.to(compute_dtype)
+    for start, stop in parts:
+        x = input[start:stop].to(compute_dtype)
+        logits = buffer[: stop - start]
+        project(x, w, b, logits)
+        fill(logits, slice(start, stop))
+        if needs_input and dx.dtype == compute_dtype:
+            torch.mm(logits, w, out=dx[start:stop])
+        elif needs_input:
+            dx[start:stop] = logits @ w
+        if needs_weight:
+            _add_product(dw, logits.t(), x, first=start == 0)
+        if needs_bias and start == 0:
+            torch.sum(logits, 0, dtype=db.dtype, out=db)
+        elif needs_bias:
+            db += logits.sum(0, dtype=db.dtype)
+
+
+def given(
+    gradients: Gradients, needs: Needs, weight: Tensor, bias: Tensor | None
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """The gradients as autograd takes them: in the dtypes of the parameters, None where they are not needed."""
+    dx, dw, db = gradients
+    return (
+        dx if needs[0] else None,
+        dw.to(weight.dtype) if needs[1] else None,
+        db.to(bias.dtype) if needs[2] and bias is not None else None,
+    )
+
+
+def check_layer(op: str, input: Tensor, weight: Tensor, bias: Tensor | None, prefix: str = "") -> None:
+    """Refuse by name a layer whose shapes or devices do not fit, or whose weight holds no data of its own.
+
+    `prefix` stands before the names `input`, `linear_weight` and `linear_bias` in the errors.
+    """
+    weight_name, bias_name = f"{prefix}linear_weight", f"{prefix}linear_bias"
+    if hasattr(weight, "device_mesh"):
+        raise ValueError(f"{op}: {weight_name} is a DTensor: pass the whole weight, as its module's forward sees it")
+    if weight.numel() == 0:
+        raise ValueError(f"{op}: {weight_name} is empty, shape {tuple(weight.shape)}: has ZeRO-3 partitioned it?")
+    if weight.dim() != 2 or weight.shape[1] != input.shape[-1]:
+        expected = f"(V, {input.shape[-1]})"
+        raise ValueError(f"{op}: {weight_name} has shape {tuple(weight.shape)}, expected {expected}")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"{op}: {bias_name} has shape {tuple(bias.shape)}, expected {tuple(weight.shape[:1])}")
+    for name, tensor in ((weight_name, weight), (bias_name, bias)):
+        if tensor is not None and tensor.device != input.device:
+            raise ValueError(f"{op}: {name} is on {tensor.device}, expected {prefix}input's device {input.device}")
+
+
+def check_dtypes(op: str, input: Tensor, weight: Tensor, bias: Tensor | None, prefix: str = "") -> torch.dtype:
+    """The dtype that `F.linear` would compute in: autocast's, where it is on, else the one that all of them have."""
+    device = input.device.type
+    autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+
+    def cast(dtype: torch.dtype) -> torch.dtype:
+        return dtype if autocast is None or dtype == torch.float64 else autocast
+
+    for name, tensor in (("input", input), ("linear_weight", weight), ("linear_bias", bias)):
+        if tensor is None:
+            continue
+        if not tensor.is_floating_point():
+            raise TypeError(f"{op}: {prefix}{name} must have a floating-point dtype, not {tensor.dtype}")
+        if cast(tensor.dtype) != cast(input.dtype):
+            raise TypeError(
+                f"{op}: {prefix}input is {input.dtype} and {prefix}{name} is {tensor.dtype}: they must agree"
+            )
+    return cast(input.dtype)
+
+
+def check_accum_dtype(op: str, own: torch.dtype, accum_dtype: torch.dtype | None) -> torch.dtype:
+    """The dtype that dW is summed in: `own`, unless `accum_dtype` names a wider one."""
+    if accum_dtype not in (None, own, torch.promote_types(own, torch.float32)):
+        raise ValueError(f"{op}: accum_dtype must be None, {own} or torch.float32, not {accum_dtype}")
+    return accum_dtype or own
