@@ -124,10 +124,6 @@ def test_an_image_of_four_tokens(device, path, contract):
         "pixel_values": torch.randn(2 * 16, 3 * 2 * 2 * 2, generator=torch.Generator().manual_seed(2)).to(device),
         "image_grid_thw": torch.tensor([[1, 4, 4]] * 2, device=device),
     }
-    losses = [model(**inputs).loss for model in (stock, patched)]
-    torch.testing.assert_close(losses[1], losses[0])
-    for loss in losses:
-        loss.backward()
+    # Torch multiplies the patches in tf32 on a GPU, and a linear attention's small gradients are a matter of luck.
+    assert_same_step(patched, stock, in_fp64(stock), inputs, together=True)
     assert patched.model.visual.patch_embed.proj.weight.grad.abs().sum() > 0
-    for (name, ours), theirs in zip(patched.named_parameters(), stock.parameters(), strict=True):
-        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-3, atol=1e-5, msg=f"gradient of {name}: {{}}".format)

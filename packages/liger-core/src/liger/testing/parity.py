@@ -82,8 +82,8 @@ def run(module: nn.Module, method: str, args: Any, kwargs: Any) -> list[Tensor |
     return [output, *torch.autograd.grad(output, [*leaves, *module.parameters()], upstream, allow_unused=True)]
 
 
-def assert_same_step(patched: Any, stock: Any, exact: Any, inputs: dict[str, Any]) -> None:
-    """Loss and every gradient of one step obey the error rule."""
+def assert_same_step(patched: Any, stock: Any, exact: Any, inputs: dict[str, Any], together: bool = False) -> None:
+    """Loss and every gradient of one step obey the error rule; those of fp32 models one by one, or `together`."""
     losses: list[Tensor] = []
     for model in (patched, stock, exact):
         model.zero_grad()
@@ -94,7 +94,8 @@ def assert_same_step(patched: Any, stock: Any, exact: Any, inputs: dict[str, Any
     parameters = zip(patched.named_parameters(), stock.parameters(), exact.parameters(), strict=True)
     gradients = {f"gradient of {n}": (ours.grad, theirs.grad, e.grad) for (n, ours), theirs, e in parameters}
     # Through a whole model in bf16 the error of any one parameter's gradient is a matter of luck, of all not.
-    assert_each_as_exact_as(gradients, depth=MODEL_DEPTH, alone_from=_FEW if dtype == torch.float32 else None)
+    alone_from = _FEW if dtype == torch.float32 and not together else None
+    assert_each_as_exact_as(gradients, depth=MODEL_DEPTH, alone_from=alone_from)
 
 
 def assert_each_as_exact_as(
