@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import importlib
-import weakref
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from liger.ops import linear_chunks, linear_cross_entropy
+from liger.ops.loss_rows import Options, fill_rows
 from liger.testing import assert_as_exact_as
 from liger.testing.error_rule import relative_error
 
@@ -31,19 +29,6 @@ OPTIONS = {
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
-
-
-@pytest.fixture
-def chunk_rows(monkeypatch):
-    """Sets how many rows a chunk has."""
-
-    def set_rows(size):
-        def fixed(rows, *_):
-            return [(start, min(start + size, rows)) for start in range(0, rows, size)]
-
-        monkeypatch.setattr(linear_chunks, "chunks", fixed)
-
-    return set_rows
 
 
 def naive(
@@ -98,7 +83,7 @@ def upstream_of(reduction, rows, device):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("columns", [1, 3, 127, 1000])
+@pytest.mark.parametrize("columns", [1, 3, 127, 1000, 1091])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_matches_fp64(device, path, chunk_rows, dtype, columns, reduction):
     if path == "kernel" and dtype == torch.float64:
@@ -112,6 +97,22 @@ def test_matches_fp64(device, path, chunk_rows, dtype, columns, reduction):
 def test_many_classes_match_fp64(device, path, chunk_rows, dtype):
     chunk_rows(2)
     check(*some(3, 16, 32001, device, dtype))
+
+
+@pytest.mark.parametrize("columns", [1091, 9001])
+def test_memory_beside_the_rows_counts_for_nothing(device, path, columns):
+    options = Options(ignore_index=-100, label_smoothing=0.1, z_loss=1e-3, softcap=3.0, logit_scale=0.5)
+    alone = torch.randn(3, columns, device=device).bfloat16()
+    padded = alone.new_full((3, -(-columns // 64) * 64), float("nan"))
+    padded[:, :columns] = alone
+    target = torch.tensor([0, columns - 1, -100], device=device)
+    results = []
+    for logits, width in ((alone, None), (padded[:, :columns], padded.shape[1])):
+        loss, lse = torch.empty(3, device=device), torch.empty(3, 2, device=device)
+        fill_rows(logits, target, options, loss, lse, logits, padded=width)
+        results.append((loss, lse, logits))
+    for one, other in zip(*results, strict=True):
+        assert torch.equal(one, other)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -218,42 +219,8 @@ def test_frozen_tensors_get_no_gradient_and_change_no_other(device, path, chunk_
             torch.testing.assert_close(tensors[name].grad, gradient)
 
 
-class Allocations(TorchDispatchMode):
-    """Records the largest number of bytes that new tensors held at one time, and how large each of them was."""
-
-    def __init__(self):
-        super().__init__()
-        self.live, self.peak, self.sizes, self.known = 0, 0, [], set()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        inputs = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
-        out = func(*args, **(kwargs or {}))
-        for t in tree_leaves(out):
-            if isinstance(t, torch.Tensor) and t.untyped_storage()._cdata not in inputs | self.known:
-                self._add(t.untyped_storage())
-        return out
-
-    def _add(self, storage):
-        key, size = storage._cdata, storage.nbytes()
-        self.known.add(key)
-        self.live += size
-        self.peak = max(self.peak, self.live)
-        self.sizes.append(size)
-        weakref.finalize(storage, self._drop, key, size)
-
-    def _drop(self, key, size):
-        self.known.discard(key)
-        self.live -= size
-
-
-def allocations(function):
-    with Allocations() as mode:
-        function()
-    return mode
-
-
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_whole_logits_are_never_held(path, chunk_rows, reduction):
+def test_whole_logits_are_never_held(allocations, path, chunk_rows, reduction):
     chunk_rows(4)
     x, weight, bias, target = some(64, 4, 200, "cpu")
     upstream = torch.ones(64 if reduction == "none" else ())
@@ -265,7 +232,7 @@ def test_whole_logits_are_never_held(path, chunk_rows, reduction):
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_gradients_that_nobody_needs_take_no_memory(path, chunk_rows, reduction):
+def test_gradients_that_nobody_needs_take_no_memory(allocations, path, chunk_rows, reduction):
     chunk_rows(4)
     x, weight, bias, target = some(8, 32, 500, "cpu")
     size = weight.numel() * 4
@@ -282,7 +249,7 @@ def test_gradients_that_nobody_needs_take_no_memory(path, chunk_rows, reduction)
         assert max(allocations(lambda: linear_cross_entropy(x, weight, target)).sizes) < size
 
 
-def test_the_weights_gradient_is_allocated_once_and_handed_over(device, path):
+def test_the_weights_gradient_is_allocated_once_and_handed_over(allocations, device, path):
     """1 GB at a real size: no copy by the scaling in backward, none by AccumulateGrad."""
     if path == "reference":
         pytest.skip("scales out of place")

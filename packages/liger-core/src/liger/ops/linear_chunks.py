@@ -24,6 +24,7 @@ CPU_CHUNK_BYTES = 8 * 2**20
 """The same on a CPU, where the reference makes several tensors of a chunk's size."""
 
 _TILE = 128  # rows that the matmuls work on at once
+_LINE = 64  # columns: rows that start 128 bytes apart, or a multiple of that, are read and written 16 bytes at a time
 _ROWS_PER_UPDATE = 1280  # rows whose product with x takes longer than reading and writing dW
 _UPDATES = 8  # rounding dW this often leaves its error within the error rule
 
@@ -93,12 +94,15 @@ def empty_gradients(
 def through_chunks(
     input: Tensor, weight: Tensor, bias: Tensor | None, compute_dtype: torch.dtype,
     fill: Callable[[Tensor, slice], None], needs: Needs, gradients: Gradients, *, buffers: int = 1,
-    share_of_dw: float = 1.0,
+    share_of_dw: float = 1.0, planned_columns: int | None = None,
 ) -> None:  # fmt: skip
     """Call `fill(logits, rows)` with every chunk's logits, and fill `gradients` from what it leaves in their place.
 
+    The rows of logits have memory to spare, up to `logits.stride(0)` columns.
+
     `buffers`: how many tensors of the logits' size the op holds for a chunk. `share_of_dw`: how much of the memory that
-    dW takes a chunk may take as well, for fewer additions to dW.
+    dW takes a chunk may take as well, for fewer additions to dW. `planned_columns`: how many rows of the weight the
+    chunks are planned for; where ranks hold parts of it, all must go through the same chunks.
     """
     dx, dw, db = gradients
     needs_input, needs_weight, needs_bias = needs
@@ -107,9 +111,12 @@ def through_chunks(
         dw.zero_()
         db.zero_()
     budget = min(CPU_CHUNK_BYTES, CHUNK_BYTES) if input.device.type == "cpu" else None
-    beside = int(dw.numel() * dw.element_size() * share_of_dw)
-    parts = chunks(rows, columns, compute_dtype.itemsize * buffers, beside, budget)
-    buffer = input.new_empty((max((stop - start for start, stop in parts), default=0), columns), dtype=compute_dtype)
+    planned = planned_columns or columns
+    beside = int(planned * input.shape[1] * dw.element_size() * share_of_dw) if needs_weight else 0
+    parts = chunks(rows, planned, compute_dtype.itemsize * buffers, beside, budget)
+    longest = max((stop - start for start, stop in parts), default=0)
+    line = _LINE if columns > 16 * _LINE else 1
+    buffer = input.new_empty((longest, -(-columns // line) * line), dtype=compute_dtype)[:, :columns]
 
     w = weight.to(compute_dtype)
     b = None if bias is None else bias.to(compute_dtype)

@@ -68,6 +68,7 @@ def _run(
             logits, target[rows], options, loss[rows] if lse is None else None, (log_sum if lse is None else lse)[rows],
             logits if any(needs) else None,
             upstream=upstream[rows] if upstream is not None and upstream.dim() else upstream, denominator=denominator,
+            padded=logits.stride(0),
         )  # fmt: skip
 
     dx, dw, db = gradients

@@ -60,15 +60,18 @@ def reference_rows(logits: Tensor, target: Tensor, options: Options) -> Tensor:
 
 def _reference_fill(
     logits: Tensor, target: Tensor, options: Options, loss: Tensor | None, lse: Tensor, gradient: Tensor | None,
-    upstream: Tensor | None, denominator: Tensor | None,
+    upstream: Tensor | None, denominator: Tensor | None, part: bool,
 ) -> None:  # fmt: skip
     """`fill_rows` in plain torch, with one temporary of the logits' size: the passes over it are what it costs."""
     z, smoothing = _reference_z(logits, options), options.label_smoothing
     counts = target != options.ignore_index
-    label = torch.where(counts, target, 0).long()[:, None]
+    here = counts & (target >= 0) & (target < logits.shape[-1]) if part else counts
+    label = torch.where(here, target, 0).long()[:, None]
     z_label = z.gather(-1, label)[:, 0]
+    if part:
+        z_label = torch.where(here, z_label, 0.0)
     if loss is not None:
-        lse[:, 0] = z.amax(-1)
+        lse[:, 0] = z.amax(-1).clamp(min=torch.finfo(z.dtype).min) if part else z.amax(-1)
     top, above = lse.unbind(-1)
     exponential = (z - top[:, None]).exp_()
     if loss is not None:
@@ -76,7 +79,8 @@ def _reference_fill(
         value = top - z_label + above
         if smoothing:
             value = (1 - smoothing) * value + smoothing * (top - z.mean(-1) + above)
-        loss.copy_(torch.where(counts, value + options.z_loss * (top + above).square(), 0.0))
+        value += options.z_loss * (top + above).square()
+        loss.copy_(torch.where(counts, z_label if part else value, 0.0))
     if gradient is None:
         return
 
@@ -88,7 +92,8 @@ def _reference_fill(
     if smoothing:
         dx -= (smoothing / logits.shape[-1] * factor).expand_as(top)[:, None]
     dz_label = (z_label - top - above).exp() * gain - smoothing / logits.shape[-1] - (1 - smoothing)
-    dx.scatter_(-1, label, (dz_label * factor)[:, None])
+    dx_label = (dz_label * factor)[:, None]
+    dx.scatter_(-1, label, torch.where(here[:, None], dx_label, dx.gather(-1, label)) if part else dx_label)
     if options.softcap is not None:
         dx *= 1 - (z / options.softcap).square()
     gradient.copy_(dx.masked_fill_(~counts[:, None], 0.0))
@@ -121,29 +126,29 @@ def _capped(x, logit_scale, softcap, HAS_SCALE: tl.constexpr, HAS_SOFTCAP: tl.co
 
 @jit(varying=())
 def _fold(
-    logits, column, columns, peak, total, z_sum, logit_scale, softcap, HAS_SMOOTHING: tl.constexpr,
+    logits, column, columns, padded, peak, total, z_sum, logit_scale, softcap, HAS_SMOOTHING: tl.constexpr,
     HAS_SCALE: tl.constexpr, HAS_SOFTCAP: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Take a tile into every lane's maximum, its sum of exponentials relative to it, and its sum."""
-    inside = column < columns if MASKED else None
-    x = tl.load(logits + column, mask=inside, other=0.0 if MASKED else None, eviction_policy="evict_last")
+    there = column < padded if MASKED else None
+    x = tl.load(logits + column, mask=there, other=0.0 if MASKED else None, eviction_policy="evict_last")
     z = _capped(x, logit_scale, softcap, HAS_SCALE, HAS_SOFTCAP)
     if HAS_SMOOTHING:
-        z_sum += tl.sum(tl.where(inside, z, 0.0) if MASKED else z, axis=0)
+        z_sum += tl.sum(tl.where(column < columns, z, 0.0) if MASKED else z, axis=0)
     if MASKED:
-        z = tl.where(inside, z, float("-inf"))
+        z = tl.where(column < columns, z, float("-inf"))
     higher = tl.maximum(peak, tl.max(z, axis=0))
     return higher, total * tl.exp(peak - higher) + tl.sum(tl.exp(z - higher[None, :]), axis=0), z_sum
 
 
 @jit(varying=())
 def _differentiate(
-    logits, gradient, column, columns, top, slope, uniform, logit_scale, softcap, HAS_SMOOTHING: tl.constexpr,
+    logits, gradient, column, padded, top, slope, uniform, logit_scale, softcap, HAS_SMOOTHING: tl.constexpr,
     HAS_SCALE: tl.constexpr, HAS_SOFTCAP: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Write the gradient of a tile as if no column of it were the label."""
-    inside = column < columns if MASKED else None
-    x = tl.load(logits + column, mask=inside, other=0.0 if MASKED else None, eviction_policy="evict_first")
+    there = column < padded if MASKED else None
+    x = tl.load(logits + column, mask=there, other=0.0 if MASKED else None, eviction_policy="evict_first")
     z = _capped(x, logit_scale, softcap, HAS_SCALE, HAS_SOFTCAP)
     dx = tl.exp(z - top) * slope
     if HAS_SMOOTHING:
@@ -151,17 +156,19 @@ def _differentiate(
     if HAS_SOFTCAP:
         t = z / softcap
         dx *= 1.0 - t * t
-    tl.store(gradient + column, dx.to(gradient.dtype.element_ty), mask=inside, eviction_policy="evict_first")
+    tl.store(gradient + column, dx.to(gradient.dtype.element_ty), mask=there, eviction_policy="evict_first")
 
 
 @jit(varying=("target", "upstream", "denominator", "loss", "lse", "upstream_stride", "rows", "ignore_index"))
 def _rows_kernel(
-    logits, target, upstream, denominator, loss, lse, gradient, logits_stride, upstream_stride, rows, columns,
-    ignore_index, label_smoothing, z_loss, softcap, logit_scale, HAS_SMOOTHING: tl.constexpr,
+    logits, target, upstream, denominator, loss, lse, gradient, logits_stride, gradient_stride, upstream_stride, rows,
+    columns, padded, ignore_index, label_smoothing, z_loss, softcap, logit_scale, HAS_SMOOTHING: tl.constexpr,
     HAS_SCALE: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_UPSTREAM: tl.constexpr, HAS_DENOMINATOR: tl.constexpr,
-    LSE_IS_KNOWN: tl.constexpr, WRITES_GRADIENT: tl.constexpr, DEPTH: tl.constexpr, WIDTH: tl.constexpr,
+    LSE_IS_KNOWN: tl.constexpr, WRITES_GRADIENT: tl.constexpr, IS_PART: tl.constexpr, DEPTH: tl.constexpr,
+    WIDTH: tl.constexpr,
 ):  # fmt: skip
-    # `gradient` may be `logits`: a program owns its row, and reads each tile before it writes it.
+    # `gradient` may be `logits`: a program owns its row, and reads each tile before it writes it. From `columns` up to
+    # `padded` there is memory that is nobody's: with it, loads and stores are 16 bytes wide up to the end of the row.
     tile = tl.arange(0, DEPTH)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
     whole = columns // (DEPTH * WIDTH) * (DEPTH * WIDTH)  # up to here no tile needs a mask
     # inductor hands floats over in fp64
@@ -170,7 +177,7 @@ def _rows_kernel(
 
     for row in range(tl.program_id(0).to(tl.int64), rows, tl.num_programs(0)):
         row_logits = logits + row * logits_stride
-        row_gradient = gradient + row * columns
+        row_gradient = gradient + row * gradient_stride
         label = tl.load(target + row)
         if label == ignore_index:
             if not LSE_IS_KNOWN:
@@ -183,7 +190,7 @@ def _rows_kernel(
                     tl.store(row_gradient + first + tile, zeros, mask=first + tile < columns)
         else:
             is_label = (label >= 0) & (label < columns)
-            if not is_label:
+            if not (IS_PART or is_label):
                 tl.device_print("liger: label out of range, its loss is NaN: ", label)
             z_label = tl.load(row_logits + label, mask=is_label, other=0.0)
             z_label = _capped(z_label, logit_scale, softcap, HAS_SCALE, HAS_SOFTCAP)
@@ -200,12 +207,12 @@ def _rows_kernel(
                 z_sum = tl.zeros((WIDTH,), dtype=tl.float32)
                 for first in range(0, whole, DEPTH * WIDTH):
                     peak, total, z_sum = _fold(
-                        row_logits, first + tile, columns, peak, total, z_sum, logit_scale, softcap,
+                        row_logits, first + tile, columns, padded, peak, total, z_sum, logit_scale, softcap,
                         HAS_SMOOTHING, HAS_SCALE, HAS_SOFTCAP, MASKED=False,
                     )  # fmt: skip
                 if whole < columns:
                     peak, total, z_sum = _fold(
-                        row_logits, whole + tile, columns, peak, total, z_sum, logit_scale, softcap,
+                        row_logits, whole + tile, columns, padded, peak, total, z_sum, logit_scale, softcap,
                         HAS_SMOOTHING, HAS_SCALE, HAS_SOFTCAP, MASKED=True,
                     )  # fmt: skip
                 top = tl.max(peak, axis=0)
@@ -215,12 +222,13 @@ def _rows_kernel(
                     mean = tl.sum(z_sum, axis=0) / columns
                     value = (1.0 - label_smoothing) * value + label_smoothing * (top - mean + above)
                 value += z_loss * (top + above) * (top + above)
-                tl.store(loss + row, tl.where(is_label, value, float("nan")))
+                value = z_label if IS_PART else tl.where(is_label, value, float("nan"))
+                tl.store(loss + row, value)
                 tl.store(lse + 2 * row, top)
                 tl.store(lse + 2 * row + 1, above)
 
             if WRITES_GRADIENT:
-                factor = tl.where(is_label, logit_scale, float("nan"))
+                factor = logit_scale if IS_PART else tl.where(is_label, logit_scale, float("nan"))
                 if HAS_UPSTREAM:
                     factor *= tl.load(upstream + row * upstream_stride).to(tl.float32)
                 if HAS_DENOMINATOR:
@@ -231,12 +239,12 @@ def _rows_kernel(
                 # Backwards: what was read last is still in the L2 cache, even where the row as a whole is not.
                 if whole < columns:
                     _differentiate(
-                        row_logits, row_gradient, whole + tile, columns, top, slope, uniform, logit_scale, softcap,
+                        row_logits, row_gradient, whole + tile, padded, top, slope, uniform, logit_scale, softcap,
                         HAS_SMOOTHING, HAS_SCALE, HAS_SOFTCAP, MASKED=True,
                     )  # fmt: skip
                 for done in range(0, whole, DEPTH * WIDTH):
                     _differentiate(
-                        row_logits, row_gradient, whole - done - DEPTH * WIDTH + tile, columns, top, slope, uniform,
+                        row_logits, row_gradient, whole - done - DEPTH * WIDTH + tile, padded, top, slope, uniform,
                         logit_scale, softcap, HAS_SMOOTHING, HAS_SCALE, HAS_SOFTCAP, MASKED=False,
                     )  # fmt: skip
                 dz = tl.exp(z_label - top - above) * gain - label_smoothing / columns - (1.0 - label_smoothing)
@@ -249,37 +257,46 @@ def _rows_kernel(
 def _tile(columns: int, itemsize: int) -> tuple[int, int, int]:
     """(depth, width, warps) of a tile: 8 neighbouring columns a thread, `depth` times over.
 
-    Many warps for long rows: few rows are then in flight at once, and the second reading finds them in the L2 cache.
+    A multiprocessor works on 32 warps: on four rows at once, on two, or on one alone, as many as leave all the rows
+    that the GPU is at in its L2 cache, where the second reading finds them.
     """
-    width = min(max(next_power_of_2(columns), 128), 8192 if columns > 65536 else 4096)
+    row_bytes = columns * itemsize
+    most = 2048 if row_bytes <= 80 * 2**10 else 4096 if row_bytes <= 160 * 2**10 else 8192
+    width = min(max(next_power_of_2(columns), 128), most)
     depth = min(next_power_of_2(-(-columns // width)), 4 if itemsize == 2 else 2)
     return depth, width, max(width // 256, 1)
 
 
 def fill_rows(
     logits: Tensor, target: Tensor, options: Options, loss: Tensor | None, lse: Tensor, gradient: Tensor | None = None,
-    *, upstream: Tensor | None = None, denominator: Tensor | None = None,
+    *, upstream: Tensor | None = None, denominator: Tensor | None = None, padded: int | None = None,
+    part: bool = False,
 ) -> None:  # fmt: skip
     """Write `loss` and `lse`, or read `lse` where `loss` is None; write `gradient` if there is one.
 
-    logits: (M, V), rows any stride apart. gradient: (M, V), contiguous; it may be `logits` itself. target, loss: (M,).
-    lse: (M, 2), contiguous. `upstream` (0-d or (M,)) multiplies the gradient and `denominator` (0-d) divides it; the
-    loss is neither.
+    logits and gradient: (M, V), rows any stride apart; they may be the same. target, loss: (M,). lse: (M, 2),
+    contiguous. `upstream` (0-d or (M,)) multiplies the gradient and `denominator` (0-d) divides it; the loss is
+    neither. `padded`, at least V: up to that column, the memory of both may be overwritten.
+
+    `part`: the columns are a part of longer rows, and a label outside them is elsewhere. `lse` is the part's own where
+    it is written and the whole row's where it is read; `loss` receives the label's z, 0 where that is elsewhere. There
+    is no label smoothing then.
     """
     rows, columns = logits.shape
     if not rows:
         return
     if not runs_kernels(logits):
-        _reference_fill(logits, target, options, loss, lse, gradient, upstream, denominator)
+        _reference_fill(logits, target, options, loss, lse, gradient, upstream, denominator, part)
         return
     depth, width, warps = _tile(columns, logits.element_size())
+    output = logits if gradient is None else gradient
     launch(
-        _rows_kernel, (rows,), logits, target, upstream, denominator, loss, lse,
-        logits if gradient is None else gradient, logits.stride(0),
-        upstream.stride(0) if upstream is not None and upstream.dim() else 0, rows, columns, options.ignore_index,
+        _rows_kernel, (rows,), logits, target, upstream, denominator, loss, lse, output, logits.stride(0),
+        output.stride(0), upstream.stride(0) if upstream is not None and upstream.dim() else 0, rows, columns,
+        columns if padded is None else padded, options.ignore_index,
         options.label_smoothing, options.z_loss, options.softcap or 1.0, options.logit_scale,
         HAS_SMOOTHING=options.label_smoothing != 0, HAS_SCALE=options.logit_scale != 1,
         HAS_SOFTCAP=options.softcap is not None,
         HAS_UPSTREAM=upstream is not None, HAS_DENOMINATOR=denominator is not None, LSE_IS_KNOWN=loss is None,
-        WRITES_GRADIENT=gradient is not None, DEPTH=depth, WIDTH=width, num_warps=warps,
+        WRITES_GRADIENT=gradient is not None, IS_PART=part, DEPTH=depth, WIDTH=width, num_warps=warps,
     )  # fmt: skip
