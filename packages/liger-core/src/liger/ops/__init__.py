@@ -2,18 +2,19 @@
 
 from liger.ops.add_rms_norm import add_rms_norm
 from liger.ops.cross_entropy import cross_entropy
-from liger.ops.geglu import geglu
+from liger.ops.geglu import geglu, geglu_joined
 from liger.ops.layer_norm import layer_norm
 from liger.ops.linear_cross_entropy import linear_cross_entropy
 from liger.ops.qk_norm_rotary import qk_norm_rotary
 from liger.ops.rms_norm import rms_norm
 from liger.ops.rotary import rotary, rotary_one
-from liger.ops.swiglu import swiglu
+from liger.ops.swiglu import swiglu, swiglu_joined
 
 __all__ = [
     "add_rms_norm",
     "cross_entropy",
     "geglu",
+    "geglu_joined",
     "layer_norm",
     "linear_cross_entropy",
     "qk_norm_rotary",
@@ -21,4 +22,5 @@ __all__ = [
     "rotary",
     "rotary_one",
     "swiglu",
+    "swiglu_joined",
 ]

@@ -21,9 +21,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from liger.ops.launch import runs_kernels
+from liger.ops.once_differentiable import once_differentiable
 from liger.ops.rms_norm import MAX_COLUMNS, Cast, check, launch_backward, launch_forward
 from liger.ops.rms_norm import reference as reference_norm
 
@@ -51,13 +51,14 @@ class _AddRMSNorm(torch.autograd.Function):
         y, total = launch_forward(x.contiguous(), residual.contiguous(), weight, eps, offset, cast)
         ctx.save_for_backward(total, weight)
         ctx.set_materialize_grads(False)
-        ctx.eps, ctx.offset, ctx.dtypes = eps, offset, (x.dtype, residual.dtype)
+        ctx.eps, ctx.offset, ctx.x_dtype, ctx.residual_dtype = eps, offset, x.dtype, residual.dtype
         return y, total
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor | None, dtotal: Tensor | None) -> tuple[Tensor | None, ...]:
-        needs_dx, needs_dw = ctx.needs_input_grad[0] or ctx.needs_input_grad[1], ctx.needs_input_grad[2]
+        of_x, of_residual, needs_dw = ctx.needs_input_grad[:3]
+        needs_dx = of_x or of_residual
         dx, dw = dtotal, None
         if dy is not None:
             total, weight = ctx.saved_tensors
@@ -65,8 +66,12 @@ class _AddRMSNorm(torch.autograd.Function):
             dx, dw = launch_backward(dy.contiguous(), added, total, weight, ctx.eps, ctx.offset, needs_dx, needs_dw)
         if dx is None:
             return None, None, dw, None, None, None
-        of_x, of_residual = (dx.to(d) if n else None for d, n in zip(ctx.dtypes, ctx.needs_input_grad, strict=False))
-        return of_x, of_residual, dw, None, None, None
+        dresidual = _cast(dx, ctx.residual_dtype) if of_residual else None
+        return _cast(dx, ctx.x_dtype) if of_x else None, dresidual, dw, None, None, None
+
+
+def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return x if x.dtype == dtype else x.to(dtype)
 
 
 def add_rms_norm(

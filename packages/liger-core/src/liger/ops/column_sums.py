@@ -14,22 +14,30 @@ _BLOCK_ROWS, _BLOCK_COLUMNS = 64, 32  # a row of 32 columns is one 128-byte acce
 
 
 @jit(varying=("rows",))
-def _kernel(partial, out, rows, columns, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr):
-    column = tl.program_id(0) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
+def _kernel(partial, out, out2, rows, columns, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr):
+    blocks = tl.cdiv(columns, BLOCK_COLUMNS)
+    part = tl.program_id(0) // blocks  # 0 sums into `out`, 1 into `out2`
+    column = (tl.program_id(0) - part * blocks) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
+    partial += part * columns + column[None, :]
+    parts: tl.constexpr = 1 if out2 is None else 2
     total = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), dtype=tl.float32)
     for first in range(0, rows, BLOCK_ROWS):
         row = first + tl.arange(0, BLOCK_ROWS)
         inside = (row < rows)[:, None] & (column < columns)[None, :]
-        total += tl.load(partial + row[:, None] * columns + column[None, :], mask=inside, other=0.0)
-    tl.store(out + column, tl.sum(total, axis=0).to(out.dtype.element_ty), mask=column < columns)
+        total += tl.load(partial + row[:, None] * (parts * columns), mask=inside, other=0.0)
+    sums = tl.sum(total, axis=0)
+    if part == 0:
+        tl.store(out + column, sums.to(out.dtype.element_ty), mask=column < columns)
+    elif out2 is not None:
+        tl.store(out2 + column, sums.to(out2.dtype.element_ty), mask=column < columns)
 
 
-def column_sums(partial: Tensor, dtype: torch.dtype) -> Tensor:
-    """The sums of the columns of `partial` (P, N) in fp32, rounded once to `dtype`: (N,)."""
-    rows, columns = partial.shape
-    out = torch.empty(columns, dtype=dtype, device=partial.device)
+def column_sums(partial: Tensor, *dtypes: torch.dtype) -> list[Tensor]:
+    """The sums over the first dimension of `partial`, (P, N) or (P, 2, N) in fp32, rounded once: (N,) for each dtype."""
+    rows, columns = partial.shape[0], partial.shape[-1]
+    outs = [partial.new_empty(columns, dtype=dtype) for dtype in dtypes]
     launch(
-        _kernel, (-(-columns // _BLOCK_COLUMNS),), partial, out, rows, columns,
-        BLOCK_ROWS=_BLOCK_ROWS, BLOCK_COLUMNS=_BLOCK_COLUMNS, num_warps=4,
+        _kernel, (len(outs) * -(-columns // _BLOCK_COLUMNS),), partial, outs[0], outs[1] if len(outs) == 2 else None,
+        rows, columns, BLOCK_ROWS=_BLOCK_ROWS, BLOCK_COLUMNS=_BLOCK_COLUMNS, num_warps=4,
     )  # fmt: skip
-    return out
+    return outs

@@ -18,10 +18,10 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from liger.ops.launch import runs_kernels
 from liger.ops.loss_rows import Options, fill_rows, reference_rows
+from liger.ops.once_differentiable import once_differentiable
 from liger.ops.upstream_scale import early_and_late, scaled
 
 Reduction = Literal["mean", "sum", "none"]

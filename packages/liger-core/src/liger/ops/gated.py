@@ -6,7 +6,8 @@ All in fp32, rounded once. Nothing but gate and up is kept: backward computes φ
 traffic. The formulas of each φ stand in `swiglu` and `geglu`.
 
 A contiguous tensor is one long row here. The two halves of one projection (Phi3's `gate_up.chunk(2, -1)`) are rows with
-a stride, read where they lie.
+a stride, read where they lie. Given as one tensor, "joined", they get one gradient, written where it belongs: of two
+autograd would make one, for half as many bytes again.
 """
 
 from __future__ import annotations
@@ -15,9 +16,9 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from liger.ops.launch import jit, launch, next_power_of_2, tl
+from liger.ops.once_differentiable import once_differentiable
 
 Activation = Literal["silu", "gelu", "gelu_tanh"]
 
@@ -68,15 +69,19 @@ def _backward_block(
 
 @jit(varying=("columns",))
 def _forward_kernel(
-    gate, up, out, columns, gate_stride, up_stride, out_stride, ACTIVATION: tl.constexpr, BLOCK: tl.constexpr
-):
+    gate, up, out, columns, gate_stride, up_stride, out_stride, ACTIVATION: tl.constexpr, JOINED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
     block = tl.program_id(0).to(tl.int64)
     row = block // tl.cdiv(columns, BLOCK)
     first = (block - row * tl.cdiv(columns, BLOCK)) * BLOCK
     column = first + tl.arange(0, BLOCK)
     gate += row * gate_stride
-    up += row * up_stride
     out += row * out_stride
+    if JOINED:
+        up = gate + out_stride
+    else:
+        up += row * up_stride
     # Only the last block of a row is masked: a mask with a bound that Triton knows nothing about forbids wide accesses.
     if first + BLOCK <= columns:
         _forward_block(gate, up, out, column, columns, ACTIVATION, MASKED=False)
@@ -86,8 +91,9 @@ def _forward_kernel(
 
 @jit(varying=("columns",))
 def _backward_kernel(
-    dout, gate, up, dgate, dup, columns, gate_stride, up_stride, out_stride, ACTIVATION: tl.constexpr,
-    NEEDS_DGATE: tl.constexpr, NEEDS_DUP: tl.constexpr, BLOCK: tl.constexpr,
+    dout, gate, up, dgate, dup, columns, gate_stride, up_stride, out_stride, gradient_stride,
+    ACTIVATION: tl.constexpr, JOINED: tl.constexpr, NEEDS_DGATE: tl.constexpr, NEEDS_DUP: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     block = tl.program_id(0).to(tl.int64)
     row = block // tl.cdiv(columns, BLOCK)
@@ -95,11 +101,15 @@ def _backward_kernel(
     column = first + tl.arange(0, BLOCK)
     dout += row * out_stride
     gate += row * gate_stride
-    up += row * up_stride
     if NEEDS_DGATE:
-        dgate += row * out_stride
-    if NEEDS_DUP:
-        dup += row * out_stride
+        dgate += row * gradient_stride
+    if JOINED:
+        up = gate + out_stride
+        dup = dgate + out_stride
+    else:
+        up += row * up_stride
+        if NEEDS_DUP:
+            dup += row * gradient_stride
     if first + BLOCK <= columns:
         _backward_block(dout, gate, up, dgate, dup, column, columns, ACTIVATION, NEEDS_DGATE, NEEDS_DUP, MASKED=False)
     else:
@@ -108,6 +118,8 @@ def _backward_kernel(
 
 def _row_stride(x: Tensor) -> int | None:
     """The stride between the rows of `x` when each is contiguous and all lie equally far apart, else None."""
+    if x.is_contiguous():
+        return x.shape[-1]
     if x.stride(-1) != 1:
         return None
     row_stride, expected = x.shape[-1], None
@@ -122,52 +134,47 @@ def _row_stride(x: Tensor) -> int | None:
     return row_stride
 
 
-def _readable(gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
-    """Both as the kernels can read them: copied only when a single row stride cannot describe one of them."""
-    if not gate.is_contiguous() and _row_stride(gate) is None:
-        gate = gate.contiguous()
-    if not up.is_contiguous() and _row_stride(up) is None:
-        up = up.contiguous()
-    return gate, up
+def _readable(x: Tensor) -> Tensor:
+    """`x` as the kernels can read it: copied only when a single row stride cannot describe it."""
+    return x if x.is_contiguous() or _row_stride(x) is not None else x.contiguous()
 
 
-def _layout(gate: Tensor, up: Tensor) -> tuple[int, int, int, int, int, int]:
-    """(programs, columns, strides of gate, up and out, elements of a block) of a launch."""
-    n = gate.numel()
-    if gate.is_contiguous() and up.is_contiguous():
-        return -(-n // _BLOCK), n, 0, 0, 0, _BLOCK
-    columns = gate.shape[-1]
+def _layout(gate: Tensor, up: Tensor | None) -> tuple[int, int, int, int, int, int, int]:
+    """(programs, elements of a block, columns, strides of the rows of gate, up, out and the gradients) of a launch.
+
+    Without `up`, `gate` joins the two. What a launch writes is contiguous.
+    """
+    if up is not None and gate.is_contiguous() and up.is_contiguous():
+        n = gate.numel()
+        return -(-n // _BLOCK), _BLOCK, n, 0, 0, 0, 0
+    width = gate.shape[-1]
+    columns = width if up is not None else width // 2
     block = min(_BLOCK, next_power_of_2(columns))
-    gate_stride, up_stride = _row_stride(gate), _row_stride(up)
+    gate_stride, up_stride = _row_stride(gate), 0 if up is None else _row_stride(up)
     assert gate_stride is not None
     assert up_stride is not None
-    return n // columns * -(-columns // block), columns, gate_stride, up_stride, columns, block
+    return gate.numel() // width * -(-columns // block), block, columns, gate_stride, up_stride, columns, width
 
 
-def _launch_forward(gate: Tensor, up: Tensor, activation: Activation) -> Tensor:
-    out = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
+def _launch_forward(gate: Tensor, up: Tensor | None, out: Tensor, activation: Activation) -> None:
     if out.numel():
-        programs, columns, gate_stride, up_stride, out_stride, block = _layout(gate, up)
+        programs, block, *columns_and_strides, _ = _layout(gate, up)
         launch(
-            _forward_kernel, (programs,), gate, up, out, columns, gate_stride, up_stride, out_stride,
-            ACTIVATION=activation, BLOCK=block, num_warps=max(block // 512, 1),
+            _forward_kernel, (programs,), gate, up, out, *columns_and_strides,
+            ACTIVATION=activation, JOINED=up is None, BLOCK=block, num_warps=max(block // 512, 1),
         )  # fmt: skip
-    return out
 
 
 def _launch_backward(
-    dout: Tensor, gate: Tensor, up: Tensor, activation: Activation, needs_dgate: bool, needs_dup: bool
-) -> tuple[Tensor | None, Tensor | None]:
-    dgate = torch.empty_like(dout) if needs_dgate else None
-    dup = torch.empty_like(dout) if needs_dup else None
+    dout: Tensor, gate: Tensor, up: Tensor | None, dgate: Tensor | None, dup: Tensor | None, activation: Activation
+) -> None:
     if dout.numel():
-        programs, columns, gate_stride, up_stride, out_stride, block = _layout(gate, up)
+        programs, block, *columns_and_strides = _layout(gate, up)
         launch(
-            _backward_kernel, (programs,), dout, gate, up, dgate, dup, columns, gate_stride, up_stride, out_stride,
-            ACTIVATION=activation, NEEDS_DGATE=needs_dgate, NEEDS_DUP=needs_dup,
-            BLOCK=block, num_warps=max(block // 512, 1),
+            _backward_kernel, (programs,), dout, gate, up, dgate, dup, *columns_and_strides,
+            ACTIVATION=activation, JOINED=up is None, NEEDS_DGATE=dgate is not None,
+            NEEDS_DUP=dup is not None or up is None, BLOCK=block, num_warps=max(block // 512, 1),
         )  # fmt: skip
-    return dgate, dup
 
 
 class Gated(torch.autograd.Function):
@@ -176,18 +183,46 @@ class Gated(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor, activation: Activation) -> Tensor:
         """Launch the forward kernel and keep gate and up."""
-        gate, up = _readable(gate, up)
+        gate, up = _readable(gate), _readable(up)
         ctx.save_for_backward(gate, up)
         ctx.activation = activation
-        return _launch_forward(gate, up, activation)
+        out = torch.empty_like(gate, memory_format=torch.contiguous_format)
+        _launch_forward(gate, up, out, activation)
+        return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         """Launch the backward kernel for those of gate and up that need a gradient."""
         gate, up = ctx.saved_tensors
-        dgate, dup = _launch_backward(dout.contiguous(), gate, up, ctx.activation, *ctx.needs_input_grad[:2])
+        dout = dout.contiguous()
+        dgate = torch.empty_like(dout) if ctx.needs_input_grad[0] else None
+        dup = torch.empty_like(dout) if ctx.needs_input_grad[1] else None
+        _launch_backward(dout, gate, up, dgate, dup, ctx.activation)
         return dgate, dup, None
+
+
+class JoinedGated(torch.autograd.Function):
+    """φ(gate) · up of one tensor (…, 2N) whose first half is the gate: `JoinedGated.apply(gate_up, activation)`."""
+
+    @staticmethod
+    def forward(ctx: Any, gate_up: Tensor, activation: Activation) -> Tensor:
+        """Launch the forward kernel and keep gate_up."""
+        gate_up = _readable(gate_up)
+        ctx.save_for_backward(gate_up)
+        ctx.activation = activation
+        out = gate_up.new_empty(*gate_up.shape[:-1], gate_up.shape[-1] // 2)
+        _launch_forward(gate_up, None, out, activation)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+        """Launch the backward kernel: both halves' gradients are one tensor."""
+        (gate_up,) = ctx.saved_tensors
+        gradient = torch.empty_like(gate_up, memory_format=torch.contiguous_format)
+        _launch_backward(dout.contiguous(), gate_up, None, gradient, None, ctx.activation)
+        return gradient, None
 
 
 def check(op: str, gate: Tensor, up: Tensor) -> None:
@@ -200,3 +235,11 @@ def check(op: str, gate: Tensor, up: Tensor) -> None:
         raise ValueError(f"{op}: up has shape {tuple(up.shape)}, expected gate's {tuple(gate.shape)}")
     if up.device != gate.device:
         raise ValueError(f"{op}: up is on {up.device}, expected gate's device {gate.device}")
+
+
+def check_joined(op: str, gate_up: Tensor) -> None:
+    """Raise, naming what was given, unless gate_up is floating-point and its last dimension has two halves."""
+    if not gate_up.is_floating_point():
+        raise TypeError(f"{op}: gate_up must have a floating-point dtype, not {gate_up.dtype}")
+    if not gate_up.dim() or gate_up.shape[-1] % 2:
+        raise ValueError(f"{op}: gate_up has shape {tuple(gate_up.shape)}, expected an even last dimension")

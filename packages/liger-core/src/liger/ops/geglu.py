@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from liger.ops.gated import Gated, check
+from liger.ops.gated import Gated, JoinedGated, check, check_joined
 from liger.ops.launch import runs_kernels
 
 Approximate = Literal["tanh", "none"]
@@ -46,8 +46,33 @@ def geglu(gate: Tensor, up: Tensor, approximate: Approximate = "tanh") -> Tensor
         TypeError: `gate` is not a floating-point tensor, or `up` has another dtype.
     """
     check("geglu", gate, up)
-    if approximate not in ("tanh", "none"):
-        raise ValueError(f"geglu: approximate must be 'tanh' or 'none', not {approximate!r}")
+    _check_approximate("geglu", approximate)
     if runs_kernels(gate, up):
         return Gated.apply(gate, up, "gelu_tanh" if approximate == "tanh" else "gelu")
     return reference(gate, up, approximate)
+
+
+def geglu_joined(gate_up: Tensor, approximate: Approximate = "tanh") -> Tensor:
+    """`geglu` of the two halves of the last dimension of `gate_up`, gate first, whose gradient is one tensor as well.
+
+    Args:
+        gate_up: (..., 2N), fp32, bf16, fp16 or fp64.
+        approximate: "tanh" or "none", as in `torch.nn.functional.gelu`.
+
+    Returns:
+        A contiguous tensor (..., N) of its dtype.
+
+    Raises:
+        ValueError: the last dimension of `gate_up` is odd, or `approximate` is unknown.
+        TypeError: `gate_up` is not a floating-point tensor.
+    """
+    check_joined("geglu_joined", gate_up)
+    _check_approximate("geglu_joined", approximate)
+    if runs_kernels(gate_up):
+        return JoinedGated.apply(gate_up, "gelu_tanh" if approximate == "tanh" else "gelu")
+    return reference(*gate_up.chunk(2, dim=-1), approximate)
+
+
+def _check_approximate(op: str, approximate: str) -> None:
+    if approximate not in ("tanh", "none"):
+        raise ValueError(f"{op}: approximate must be 'tanh' or 'none', not {approximate!r}")

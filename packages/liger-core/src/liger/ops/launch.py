@@ -40,7 +40,7 @@ _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _PLAIN = (Tensor, torch.nn.Parameter)
 _MOST_VARIANTS = 4096  # of strides that change with every batch, say: a new one is then found by Triton again
 
-_varying: dict[int, tuple[bool, ...]] = {}  # by id: a kernel's own hash is that of its source
+_varying: dict[int, tuple[int, ...]] = {}  # by id: a kernel's own hash is that of its source
 _variants: dict[tuple[Any, ...], Any] = {}
 
 
@@ -55,7 +55,7 @@ def jit(*, varying: tuple[str, ...]) -> Callable[[Callable[..., None]], Any]:
         if triton is None:
             return function
         kernel = triton.jit(do_not_specialize=varying)(function)
-        _varying[id(kernel)] = tuple(name in varying for name in kernel.arg_names)
+        _varying[id(kernel)] = tuple(at for at, name in enumerate(kernel.arg_names) if name in varying)
         return kernel
 
     return decorate
@@ -67,48 +67,55 @@ def runs_kernels(x: Tensor, *others: Tensor | None) -> bool:
     So must the `others` that the kernel reads, where there are any. A tensor subclass (DTensor, a quantised tensor)
     does not: its memory is not what its shape says. The references are torch operations, which it knows.
     """
-    if triton is None or not enabled or not (x.is_cuda or (INTERPRETED and x.device.type == "cpu")):
-        return False
-    return all(t is None or (t.dtype in _KERNEL_DTYPES and type(t) in _PLAIN) for t in (x, *others))
+    for t in (x, *others):
+        if t is not None and (t.dtype not in _KERNEL_DTYPES or type(t) not in _PLAIN):
+            return False
+    return triton is not None and enabled and (x.is_cuda or (INTERPRETED and x.device.type == "cpu"))
 
 
-def launch(kernel: Any, grid: tuple[int], x: Tensor, *args: Any, num_warps: int, **constexprs: Any) -> None:
-    """Start a `grid` of programs of `kernel` on the device of `x`, its first argument, whichever device is current.
+def launch(kernel: Any, grid: tuple[int], *args: Any, num_warps: int, **constexprs: Any) -> None:
+    """Start a `grid` of programs of `kernel` on the device of its first argument, whichever device is current.
 
-    `args` are the other arguments in order, and `constexprs` the compile-time ones, in the order of the signature.
+    `args` are the arguments in order, tensors (or None) before numbers, the first of them a tensor; `constexprs` the
+    compile-time ones, in the order of the signature.
     """
     if INTERPRETED or torch.compiler.is_compiling():
-        kernel[grid](x, *args, **constexprs, num_warps=num_warps)
+        kernel[grid](*args, **constexprs, num_warps=num_warps)
         return
-    device = x.device.index
-    if device != torch.cuda.current_device():
-        with torch.cuda.device(device):
-            _launch_here(kernel, grid, device, num_warps, (x, *args), constexprs)
+    device = args[0].device.index
+    if device == torch.cuda.current_device():
+        _launch_here(kernel, grid, device, num_warps, args, constexprs)
     else:
-        _launch_here(kernel, grid, device, num_warps, (x, *args), constexprs)
+        with torch.cuda.device(device):
+            _launch_here(kernel, grid, device, num_warps, args, constexprs)
 
 
 def _launch_here(
     kernel: Any, grid: tuple[int], device: int, num_warps: int, args: tuple[Any, ...], constexprs: dict[str, Any]
 ) -> None:
-    values = tuple(constexprs.values())
-    key: list[Any] = [id(kernel), device, num_warps, values]
-    for arg, varies in zip(args, _varying[id(kernel)], strict=False):
-        kind = type(arg)
-        if kind is int:
-            key.append(arg >> 31 if varies else arg)  # what does not fit 32 bits is another type
-        elif kind in _PLAIN:
-            key += (arg.dtype, arg.data_ptr() & 15)
-        else:
-            key.append(kind)
+    started = [*args, *constexprs.values()]
+    key = [*started, num_warps, device, id(kernel)]
+    at = 0
+    for arg in args:
+        if arg is not None:
+            if not isinstance(arg, Tensor):
+                break
+            pointer = arg.data_ptr()
+            started[at] = pointer  # Triton would ask the tensor, and then the driver whether that is a GPU's address
+            key[at] = (arg.dtype, pointer & 15) if pointer & 15 else arg.dtype
+        at += 1
+    for number in _varying[id(kernel)]:
+        if number >= at:
+            key[number] >>= 31  # what does not fit 32 bits is another type
     known = tuple(key)
     variant = _variants.get(known)
     if variant is not None:
-        variant[(grid[0], 1, 1)](*args, *values)
+        variant[(grid[0], 1, 1)](*started)
         return
     variant = kernel[grid](*args, **constexprs, num_warps=num_warps)
-    in_order = kernel.arg_names[len(args) :] == list(constexprs)
-    if not in_order:
+    if any(isinstance(arg, Tensor) for arg in args[at:]):
+        raise TypeError(f"{kernel.__name__}: a tensor comes after {kernel.arg_names[at]}, which is a number")
+    if kernel.arg_names[len(args) :] != list(constexprs):
         raise TypeError(f"{kernel.__name__}: constexprs {list(constexprs)}, expected {kernel.arg_names[len(args) :]}")
     if hasattr(variant, "__getitem__"):  # a Triton whose launch returns nothing to start again is asked each time
         if len(_variants) >= _MOST_VARIANTS:

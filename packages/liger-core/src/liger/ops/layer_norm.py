@@ -21,10 +21,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from liger.ops.column_sums import column_sums
 from liger.ops.launch import jit, launch, next_power_of_2, runs_kernels, sm_count, tl
+from liger.ops.once_differentiable import once_differentiable
 
 _MAX_COLUMNS = 65536
 _TILE = 4096  # elements a program holds at once when rows are short
@@ -41,7 +41,7 @@ def reference(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = Non
 
 @jit(varying=("rows",))
 def _forward_kernel(
-    x, weight, bias, y, mean, rstd, rows, columns, eps, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr,
+    x, weight, bias, y, statistics, rows, columns, eps, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
@@ -53,8 +53,8 @@ def _forward_kernel(
     mu = tl.sum(x32, axis=1) / columns
     centred = tl.where(inside, x32 - mu[:, None], 0.0)  # a padded lane is −μ after the subtraction
     r = tl.rsqrt((tl.sum(centred * centred, axis=1) / columns + eps).to(tl.float32))  # inductor hands eps over in fp64
-    tl.store(mean + row, mu, mask=row < rows)
-    tl.store(rstd + row, r, mask=row < rows)
+    tl.store(statistics + row, mu, mask=row < rows)
+    tl.store(statistics + rows + row, r, mask=row < rows)
     out = centred * r[:, None]
     if HAS_WEIGHT:
         out = out * tl.load(weight + column, mask=column < columns, other=0.0).to(tl.float32)[None, :]
@@ -65,7 +65,7 @@ def _forward_kernel(
 
 @jit(varying=("rows",))
 def _backward_kernel(
-    dy, x, weight, mean, rstd, dx, partial, rows, columns, NEEDS_DX: tl.constexpr, HAS_WEIGHT: tl.constexpr,
+    dy, x, weight, statistics, dx, partial, rows, columns, NEEDS_DX: tl.constexpr, HAS_WEIGHT: tl.constexpr,
     NEEDS_DW: tl.constexpr, NEEDS_DB: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -83,8 +83,8 @@ def _backward_kernel(
         inside = (row < rows)[:, None] & (column < columns)[None, :]
         g = tl.load(dy + at, mask=inside, other=0.0).to(tl.float32)
         x32 = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
-        mu = tl.load(mean + row, mask=row < rows, other=0.0)
-        r = tl.load(rstd + row, mask=row < rows, other=0.0)
+        mu = tl.load(statistics + row, mask=row < rows, other=0.0)
+        r = tl.load(statistics + rows + row, mask=row < rows, other=0.0)
         x_hat = (x32 - mu[:, None]) * r[:, None]  # not 0 in a padded lane, but g is, in every sum and product below
         if NEEDS_DW:
             dw_sum += g * x_hat
@@ -113,44 +113,47 @@ def _blocks(columns: int) -> tuple[int, int, int]:
     return block_rows, block_columns, warps
 
 
-def _launch_forward(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+def _launch_forward(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
+    """y, and μ and r of the rows as the two rows of one tensor."""
     columns = x.shape[-1]
     rows = x.numel() // columns
     y = torch.empty_like(x)
-    mean = torch.empty(rows, dtype=torch.float32, device=x.device)
-    rstd = torch.empty_like(mean)
+    statistics = x.new_empty(2, rows, dtype=torch.float32)
     block_rows, block_columns, warps = _blocks(columns)
     if rows:
         launch(
-            _forward_kernel, (-(-rows // block_rows),), x, weight, bias, y, mean, rstd, rows, columns, eps,
+            _forward_kernel, (-(-rows // block_rows),), x, weight, bias, y, statistics, rows, columns, eps,
             HAS_WEIGHT=weight is not None, HAS_BIAS=bias is not None,
             BLOCK_ROWS=block_rows, BLOCK_COLUMNS=block_columns, num_warps=warps,
         )  # fmt: skip
-    return y, mean, rstd
+    return y, statistics
 
 
 def _launch_backward(
-    dy: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, rstd: Tensor,
-    needs_dx: bool, needs_dw: bool, needs_db: bool, dtype: torch.dtype,
-) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
-    """dx, and the gradients of weight and bias as the rows of one tensor, without those not needed."""
+    dy: Tensor, x: Tensor, weight: Tensor | None, statistics: Tensor, needs_dx: bool, dw_dtype: torch.dtype | None,
+    db_dtype: torch.dtype | None,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    """The gradients of x, weight and bias; those of the latter where there is a dtype for them."""
     columns = x.shape[-1]
     rows = x.numel() // columns
     block_rows, block_columns, warps = _blocks(columns)
-    sums = needs_dw + needs_db
-    programs = min(-(-rows // block_rows), 2 * sm_count(x)) if sums else -(-rows // block_rows)
+    dtypes = [dtype for dtype in (dw_dtype, db_dtype) if dtype is not None]
+    programs = -(-rows // block_rows)
+    if dtypes:
+        programs = min(programs, 2 * sm_count(x))
     dx = torch.empty_like(x) if needs_dx else None
-    partial = torch.empty(programs, sums, columns, dtype=torch.float32, device=x.device) if sums else None
+    partial = x.new_empty(programs, len(dtypes), columns, dtype=torch.float32) if dtypes else None
     if rows:
         launch(
-            _backward_kernel, (programs,), dy, x, weight, mean, rstd, dx, partial, rows, columns,
-            NEEDS_DX=needs_dx, HAS_WEIGHT=weight is not None, NEEDS_DW=needs_dw, NEEDS_DB=needs_db,
-            BLOCK_ROWS=block_rows, BLOCK_COLUMNS=block_columns,
+            _backward_kernel, (programs,), dy, x, weight, statistics, dx, partial, rows, columns,
+            NEEDS_DX=needs_dx, HAS_WEIGHT=weight is not None, NEEDS_DW=dw_dtype is not None,
+            NEEDS_DB=db_dtype is not None, BLOCK_ROWS=block_rows, BLOCK_COLUMNS=block_columns,
             STAGES=min(max(_FETCHED // (2 * block_rows * block_columns * x.element_size()), 1), 3), num_warps=warps,
         )  # fmt: skip
     if partial is None:
-        return dx, None
-    return dx, column_sums(partial.view(programs, sums * columns), dtype).view(sums, columns)
+        return dx, None, None
+    sums = column_sums(partial, *dtypes)
+    return dx, sums[0] if dw_dtype is not None else None, sums[-1] if db_dtype is not None else None
 
 
 class _LayerNorm(torch.autograd.Function):
@@ -159,25 +162,18 @@ class _LayerNorm(torch.autograd.Function):
         x = x.contiguous()
         weight = None if weight is None else weight.contiguous()
         bias = None if bias is None else bias.contiguous()
-        y, mean, rstd = _launch_forward(x, weight, bias, eps)
-        ctx.save_for_backward(x, weight, mean, rstd)
+        y, statistics = _launch_forward(x, weight, bias, eps)
+        ctx.save_for_backward(x, weight, statistics)
         ctx.bias_dtype = None if bias is None else bias.dtype
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, mean, rstd = ctx.saved_tensors
+        x, weight, statistics = ctx.saved_tensors
         needs_dx, needs_dw, needs_db = ctx.needs_input_grad[:3]
-        dtypes = {weight.dtype} if needs_dw else set()
-        dtypes |= {ctx.bias_dtype} if needs_db else set()
-        dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
-        dx, sums = _launch_backward(dy.contiguous(), x, weight, mean, rstd, needs_dx, needs_dw, needs_db, dtype)
-        dw = db = None
-        if sums is not None:
-            dw = sums[0].to(weight.dtype) if needs_dw else None
-            db = sums[-1].to(ctx.bias_dtype) if needs_db else None
-        return dx, dw, db, None
+        dw_dtype, db_dtype = weight.dtype if needs_dw else None, ctx.bias_dtype if needs_db else None
+        return *_launch_backward(dy.contiguous(), x, weight, statistics, needs_dx, dw_dtype, db_dtype), None
 
 
 def layer_norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5) -> Tensor:

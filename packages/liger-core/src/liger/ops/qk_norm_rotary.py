@@ -20,17 +20,24 @@ and FlashAttention's alike, reads them, as a transposed view or as they are, wit
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from liger.ops.column_sums import column_sums
 from liger.ops.launch import jit, launch, next_power_of_2, runs_kernels, sm_count, tl
+from liger.ops.once_differentiable import once_differentiable
 from liger.ops.rms_norm import Cast
 from liger.ops.rms_norm import reference as reference_norm
-from liger.ops.rotary import check_shapes, empty_heads, with_contiguous_columns
+from liger.ops.rotary import (
+    check_shapes,
+    empty_heads,
+    readable_angles,
+    strides_of_angles,
+    strides_of_heads,
+    with_contiguous_columns,
+)
 from liger.ops.rotary import reference as reference_rotary
 
 _MAX_COLUMNS = 1024
@@ -216,85 +223,77 @@ def _backward_kernel(
             tl.store(dw + COLUMNS, tl.sum(dw2_sum, axis=0), mask=column < COLUMNS)
 
 
-def _strides(x: Tensor, head_dim: int) -> tuple[int, int, int]:
-    return x.stride(0), x.stride(3 - head_dim), x.stride(head_dim)
-
-
-def _angle_strides(cos: Tensor) -> tuple[int, int]:
-    return cos.stride(0) if cos.shape[0] > 1 else 0, cos.stride(1)
-
-
 def _heads_at_once(heads: int, block_columns: int, tile: int) -> int:
     return min(next_power_of_2(max(heads, 1)), max(1, tile // block_columns))
+
+
+def _empty_out(x: Tensor, weight: Tensor | None, cos: Tensor, cast: Cast, head_dim: int) -> Tensor:
+    normed = x.dtype if weight is None or cast == "gemma" else torch.promote_types(x.dtype, weight.dtype)
+    return empty_heads(x, torch.promote_types(normed, cos.dtype), head_dim, token_major=True)
 
 
 def _launch_forward(
     q: Tensor, k: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, cos: Tensor, sin: Tensor, eps: float,
     offset: float, cast: Cast, head_dim: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    outs = []
-    for x, weight in ((q, q_weight), (k, k_weight)):
-        normed = x.dtype if weight is None or cast == "gemma" else torch.promote_types(x.dtype, weight.dtype)
-        outs.append(empty_heads(x, torch.promote_types(normed, cos.dtype), head_dim, token_major=True))
-    tokens, q_heads, k_heads = q.shape[3 - head_dim], q.shape[head_dim], k.shape[head_dim]
-    block_columns = next_power_of_2(q.shape[3])
-    block_q, block_k = (_heads_at_once(heads, block_columns, _FORWARD_TILE) for heads in (q_heads, k_heads))
-    if q.shape[0] * tokens:
+    q_out, k_out = _empty_out(q, q_weight, cos, cast, head_dim), _empty_out(k, k_weight, cos, cast, head_dim)
+    shape = q.shape
+    tokens, q_heads, k_heads, columns = shape[3 - head_dim], shape[head_dim], k.shape[head_dim], shape[3]
+    block_columns = next_power_of_2(columns)
+    block_q = _heads_at_once(q_heads, block_columns, _FORWARD_TILE)
+    if shape[0] * tokens:
         launch(
-            _forward_kernel, (q.shape[0] * tokens,), q, k, *outs, q_weight, k_weight, cos, sin, tokens,
-            *_strides(q, head_dim), *_strides(k, head_dim), *_angle_strides(cos), eps,
-            OFFSET=offset, LLAMA=cast == "llama", Q_HEADS=q_heads, K_HEADS=k_heads, COLUMNS=q.shape[3],
-            ROTATED=cos.shape[2], BLOCK_Q=block_q, BLOCK_K=block_k, BLOCK_COLUMNS=block_columns,
-            num_warps=min(max(block_q * block_columns // 512, 1), 8),
+            _forward_kernel, (shape[0] * tokens,), q, k, q_out, k_out, q_weight, k_weight, cos, sin, tokens,
+            *strides_of_heads(q, head_dim), *strides_of_heads(k, head_dim), *strides_of_angles(cos), eps,
+            OFFSET=offset, LLAMA=cast == "llama", Q_HEADS=q_heads, K_HEADS=k_heads, COLUMNS=columns,
+            ROTATED=cos.shape[2], BLOCK_Q=block_q, BLOCK_K=_heads_at_once(k_heads, block_columns, _FORWARD_TILE),
+            BLOCK_COLUMNS=block_columns, num_warps=min(max(block_q * block_columns // 512, 1), 8),
         )  # fmt: skip
-    return outs[0], outs[1]
+    return q_out, k_out
 
 
-class _Part(NamedTuple):
-    """q or k in backward."""
-
-    dy: Tensor
-    x: Tensor
-    dx: Tensor
-    weight: Tensor | None
+_Part = tuple[Tensor, Tensor, Tensor, Tensor | None]
+"""q or k in backward: dy, x, dx and the weight."""
 
 
 def _launch_backward(
     parts: list[_Part], cos: Tensor, sin: Tensor, eps: float, offset: float, head_dim: int, needs_dw: bool
-) -> Tensor | None:
-    """Fill the `dx` of one part or two. Returns the gradients of their weights, (parts, D), if they are needed."""
-    x = parts[0].x
-    tokens, columns = x.shape[3 - head_dim], x.shape[3]
-    all_tokens = x.shape[0] * tokens
-    heads = [part.x.shape[head_dim] for part in parts]
+) -> list[Tensor]:
+    """Fill the dx of one part or two. Returns the gradients of their weights if one of them is needed, else none."""
+    shape = parts[0][1].shape
+    tokens, columns = shape[3 - head_dim], shape[3]
+    all_tokens = shape[0] * tokens
     block_columns = next_power_of_2(columns)
-    blocks = [_heads_at_once(n, block_columns, _BACKWARD_TILE) for n in heads]
     # Two programs to a multiprocessor. The next tokens wait in its shared memory: x, and dy twice, for the partners.
-    waiting = sum(
-        -(-n // block) * block * block_columns * (2 * part.dy.element_size() + part.x.element_size())
-        for n, block, part in zip(heads, blocks, parts, strict=True)
-    )
-    programs = min(all_tokens, 2 * sm_count(x)) if needs_dw else all_tokens
-    strides = [s for part in parts for t in (part.dy, part.x) for s in _strides(t, head_dim)]
-    dw = torch.empty(programs, len(parts) * columns, dtype=torch.float32, device=x.device) if needs_dw else None
+    heads, blocks, strides, waiting = [], [], [], 0
+    for dy, x, _, _ in parts:
+        count = x.shape[head_dim]
+        block = _heads_at_once(count, block_columns, _BACKWARD_TILE)
+        heads.append(count)
+        blocks.append(block)
+        strides += [*strides_of_heads(dy, head_dim), *strides_of_heads(x, head_dim)]
+        waiting += -(-count // block) * block * block_columns * (2 * dy.element_size() + x.element_size())
     second: tuple[Tensor | None, ...] = (None,) * 4
     if len(parts) == 2:
-        second = (parts[1].dy, parts[1].x, parts[1].dx, parts[1].weight)
+        second = parts[1]
     else:
         heads, blocks, strides = [*heads, 0], [*blocks, 1], [*strides, *[0] * 6]
+    programs, dw = all_tokens, None
+    if needs_dw:
+        programs = min(all_tokens, 2 * sm_count(cos))
+        dw = cos.new_empty(programs, len(parts), columns, dtype=torch.float32)
     if programs:
         launch(
-            _backward_kernel, (programs,), parts[0].dy, parts[0].x, parts[0].dx, parts[0].weight, *second, cos, sin,
-            dw, tokens, all_tokens, *strides, *_angle_strides(cos), eps,
+            _backward_kernel, (programs,), *parts[0], *second, cos, sin, dw, tokens, all_tokens, *strides,
+            *strides_of_angles(cos), eps,
             OFFSET=offset, NEEDS_DW=needs_dw, HEADS1=heads[0], HEADS2=heads[1], COLUMNS=columns,
             ROTATED=cos.shape[2], BLOCK1=blocks[0], BLOCK2=blocks[1], BLOCK_COLUMNS=block_columns,
             STAGES=min(3, 1 + 100 * 1024 // max(waiting, 1)) if needs_dw else 1,
             num_warps=min(max(blocks[0] * block_columns // 256, 1), 8),
         )  # fmt: skip
     if dw is None:
-        return None
-    dtypes = {part.weight.dtype for part in parts if part.weight is not None}
-    return column_sums(dw, dtypes.pop() if len(dtypes) == 1 else torch.float32).view(len(parts), columns)
+        return []
+    return column_sums(dw, *(torch.float32 if weight is None else weight.dtype for _, _, _, weight in parts))
 
 
 class _QKNormRotary(torch.autograd.Function):
@@ -304,9 +303,9 @@ class _QKNormRotary(torch.autograd.Function):
         eps: float, offset: float, cast: Cast, head_dim: int,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         q, k = with_contiguous_columns(q), with_contiguous_columns(k)
-        q_weight, k_weight = (None if w is None else w.contiguous() for w in (q_weight, k_weight))
-        if cos.stride(-1) != 1 or cos.stride() != sin.stride():
-            cos, sin = cos.contiguous(), sin.contiguous()
+        q_weight = None if q_weight is None else q_weight.contiguous()
+        k_weight = None if k_weight is None else k_weight.contiguous()
+        cos, sin = readable_angles(cos, sin)
         ctx.save_for_backward(q, k, q_weight, k_weight, cos, sin)
         ctx.set_materialize_grads(False)
         ctx.eps, ctx.offset, ctx.head_dim = eps, offset, head_dim
@@ -314,26 +313,29 @@ class _QKNormRotary(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *dys: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dq_out: Tensor | None, dk_out: Tensor | None) -> tuple[Tensor | None, ...]:
         q, k, q_weight, k_weight, cos, sin = ctx.saved_tensors
-        gradients: list[Tensor | None] = [None] * 10
+        needs_dq, needs_dk, needs_dq_weight, needs_dk_weight = ctx.needs_input_grad[:4]
+        dq = dk = dq_weight = dk_weight = None
         parts: list[_Part] = []
-        taken = []
-        for i, (dy, x, weight) in enumerate(zip(dys, (q, k), (q_weight, k_weight), strict=True)):
-            if dy is not None and (ctx.needs_input_grad[i] or ctx.needs_input_grad[2 + i]):
-                dx = empty_heads(x, x.dtype, ctx.head_dim, token_major=True)
-                parts.append(_Part(with_contiguous_columns(dy), x, dx, weight))
-                taken.append(i)
-                if ctx.needs_input_grad[i]:
-                    gradients[i] = dx
+        needs_dw = False
+        if dq_out is not None and (needs_dq or needs_dq_weight):
+            dq = empty_heads(q, q.dtype, ctx.head_dim, token_major=True)
+            parts.append((with_contiguous_columns(dq_out), q, dq, q_weight))
+            needs_dw = needs_dq_weight
+        if dk_out is not None and (needs_dk or needs_dk_weight):
+            dk = empty_heads(k, k.dtype, ctx.head_dim, token_major=True)
+            parts.append((with_contiguous_columns(dk_out), k, dk, k_weight))
+            needs_dw = needs_dw or needs_dk_weight
         if parts:
-            needs_dw = any(ctx.needs_input_grad[2 + i] for i in taken)
             sums = _launch_backward(parts, cos, sin, ctx.eps, ctx.offset, ctx.head_dim, needs_dw)
-            for row, i in enumerate(taken):
-                weight = parts[row].weight
-                if sums is not None and weight is not None and ctx.needs_input_grad[2 + i]:
-                    gradients[2 + i] = sums[row].to(weight.dtype)
-        return tuple(gradients)
+            if dq is not None and needs_dq_weight:
+                dq_weight = sums[0]
+            if dk is not None and needs_dk_weight:
+                dk_weight = sums[-1]
+        return (
+            dq if needs_dq else None, dk if needs_dk else None, dq_weight, dk_weight, None, None, None, None, None, None
+        )  # fmt: skip
 
 
 def qk_norm_rotary(
@@ -373,11 +375,14 @@ def qk_norm_rotary(
         TypeError: a tensor is not floating-point, k has another dtype than q, or sin than cos.
     """
     _check(q, k, q_weight, k_weight, cos, sin, cast, unsqueeze_dim)
-    trains_angles = torch.is_grad_enabled() and (cos.requires_grad or sin.requires_grad)
+    trains_angles = (cos.requires_grad or sin.requires_grad) and torch.is_grad_enabled()
     on_kernels = runs_kernels(q, k, q_weight, k_weight, cos, sin)
     if on_kernels and not trains_angles and 0 < q.shape[3] <= _MAX_COLUMNS:
         return _QKNormRotary.apply(q, k, q_weight, k_weight, cos, sin, eps, offset, cast, unsqueeze_dim)
     return reference(q, k, q_weight, k_weight, cos, sin, eps, offset=offset, cast=cast, unsqueeze_dim=unsqueeze_dim)
+
+
+_NAMES = ("q", "k", "q_weight", "k_weight", "cos", "sin")
 
 
 def _check(
@@ -388,7 +393,7 @@ def _check(
         raise ValueError(f"qk_norm_rotary: unsqueeze_dim must be 1 or 2, not {head_dim!r}")
     if cast not in ("llama", "gemma"):
         raise ValueError(f"qk_norm_rotary: cast must be 'llama' or 'gemma', not {cast!r}")
-    for name, t in (("q", q), ("k", k), ("q_weight", q_weight), ("k_weight", k_weight), ("cos", cos), ("sin", sin)):
+    for name, t in zip(_NAMES, (q, k, q_weight, k_weight, cos, sin), strict=True):
         if t is None:
             continue
         if not t.is_floating_point():

@@ -24,10 +24,10 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from liger.ops.column_sums import column_sums
 from liger.ops.launch import jit, launch, next_power_of_2, runs_kernels, sm_count, tl
+from liger.ops.once_differentiable import once_differentiable
 
 Cast = Literal["llama", "gemma"]
 
@@ -159,14 +159,14 @@ def launch_backward(
     if needs_dw:
         programs = min(programs, (2 if columns <= _SHORT else 1) * sm_count(x))
     dx = torch.empty_like(x) if needs_dx else None
-    dw = torch.empty(programs, columns, dtype=torch.float32, device=x.device) if needs_dw else None
+    dw = x.new_empty(programs, columns, dtype=torch.float32) if needs_dw else None
     if rows:
         launch(
             _backward_kernel, (programs,), dy, dtotal, x, weight, dx, dw, rows, columns, eps,
             OFFSET=offset, HAS_DTOTAL=dtotal is not None, NEEDS_DX=needs_dx, HAS_WEIGHT=weight is not None,
             NEEDS_DW=needs_dw, BLOCK_ROWS=block_rows, BLOCK_COLUMNS=block_columns, STAGES=stages, num_warps=warps,
         )  # fmt: skip
-    return dx, None if dw is None or weight is None else column_sums(dw, weight.dtype)
+    return dx, None if dw is None or weight is None else column_sums(dw, weight.dtype)[0]
 
 
 class _RMSNorm(torch.autograd.Function):

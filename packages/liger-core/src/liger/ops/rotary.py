@@ -21,9 +21,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from liger.ops.launch import jit, launch, next_power_of_2, runs_kernels, tl
+from liger.ops.once_differentiable import once_differentiable
 
 _TILE = 2048  # elements of each half that a program rotates at once; more heads than that go in turns
 
@@ -110,14 +110,16 @@ def _rotate_kernel(
 
 def empty_heads(like: Tensor, dtype: torch.dtype, head_dim: int, token_major: bool) -> Tensor:
     """An empty tensor of the shape of `like`, its heads side by side in memory (`token_major`) or its tokens."""
-    heads, tokens, columns = like.shape[head_dim], like.shape[3 - head_dim], like.shape[3]
+    shape = like.shape
+    heads, tokens, columns = shape[head_dim], shape[3 - head_dim], shape[3]
     head, token = (columns, heads * columns) if token_major else (tokens * columns, columns)
-    strides = (heads * tokens * columns, *((head, token) if head_dim == 1 else (token, head)), 1)
-    return torch.empty_strided(like.shape, strides, dtype=dtype, device=like.device)
+    inner = (head, token, 1) if head_dim == 1 else (token, head, 1)
+    return like.new_empty_strided(shape, (heads * tokens * columns, *inner), dtype=dtype)
 
 
 def _is_token_major(x: Tensor, head_dim: int) -> bool:
-    return x.stride(3 - head_dim) >= x.stride(head_dim)
+    strides = x.stride()
+    return strides[3 - head_dim] >= strides[head_dim]
 
 
 def with_contiguous_columns(x: Tensor) -> Tensor:
@@ -125,61 +127,82 @@ def with_contiguous_columns(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _launch(pairs: list[tuple[Tensor, Tensor]], cos: Tensor, sin: Tensor, head_dim: int, transposed: bool) -> None:
-    """Rotate the first of each pair into the second: q and k at once, or one of them alone."""
-    x = pairs[0][0]
-    batch, tokens, columns = x.shape[0], x.shape[3 - head_dim], x.shape[3]
-    if not batch * tokens:
+def strides_of_heads(x: Tensor, head_dim: int) -> tuple[int, int, int]:
+    """The strides of batch, tokens and heads."""
+    strides = x.stride()
+    return strides[0], strides[3 - head_dim], strides[head_dim]
+
+
+def strides_of_angles(cos: Tensor) -> tuple[int, int]:
+    """The strides of batch and tokens."""
+    strides = cos.stride()
+    return strides[0] if cos.shape[0] > 1 else 0, strides[1]
+
+
+def _launch(
+    q: Tensor, q_out: Tensor, k: Tensor | None, k_out: Tensor | None, cos: Tensor, sin: Tensor, head_dim: int,
+    transposed: bool,
+) -> None:  # fmt: skip
+    """Rotate q into q_out and k into k_out, or one tensor alone."""
+    shape = q.shape
+    tokens, q_heads, k_heads = shape[3 - head_dim], shape[head_dim], 0 if k is None else k.shape[head_dim]
+    if not shape[0] * tokens:
         return
     half = cos.shape[-1] // 2
-    rest = columns - 2 * half
+    rest = shape[3] - 2 * half
     block_half = next_power_of_2(half)
     most_heads = max(1, _TILE // block_half)
-    heads = [pair[0].shape[head_dim] for pair in pairs]
-    blocks = [min(next_power_of_2(max(n, 1)), most_heads) for n in heads]
-    strides = [t.stride(dim) for pair in pairs for t in pair for dim in (0, 3 - head_dim, head_dim)]
-    other: tuple[Tensor | None, Tensor | None] = (None, None)
-    if len(pairs) == 2:
-        other = pairs[1]
-    else:
-        heads, blocks, strides = [*heads, 0], [*blocks, 1], [*strides, *[0] * 6]
+    block_q = min(next_power_of_2(max(q_heads, 1)), most_heads)
+    k_strides: tuple[int, ...] = (0,) * 6
+    if k is not None and k_out is not None:
+        k_strides = strides_of_heads(k, head_dim) + strides_of_heads(k_out, head_dim)
     launch(
-        _rotate_kernel, (batch * tokens,), *pairs[0], *other, cos, sin, tokens, *strides,
-        cos.stride(0) if cos.shape[0] > 1 else 0, cos.stride(1),
-        TRANSPOSED=transposed, Q_HEADS=heads[0], K_HEADS=heads[1], HALF=half, REST=rest,
-        BLOCK_Q=blocks[0], BLOCK_K=blocks[1], BLOCK_HALF=block_half, BLOCK_REST=next_power_of_2(max(rest, 1)),
-        num_warps=min(max(blocks[0] * block_half // (512 if block_half <= 64 else 256), 1), 8),
+        _rotate_kernel, (shape[0] * tokens,), q, q_out, k, k_out, cos, sin, tokens,
+        *strides_of_heads(q, head_dim), *strides_of_heads(q_out, head_dim), *k_strides, *strides_of_angles(cos),
+        TRANSPOSED=transposed, Q_HEADS=q_heads, K_HEADS=k_heads, HALF=half, REST=rest,
+        BLOCK_Q=block_q, BLOCK_K=min(next_power_of_2(max(k_heads, 1)), most_heads), BLOCK_HALF=block_half,
+        BLOCK_REST=next_power_of_2(max(rest, 1)),
+        num_warps=min(max(block_q * block_half // (512 if block_half <= 64 else 256), 1), 8),
     )  # fmt: skip
+
+
+def readable_angles(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """Both, or copies where their columns are not contiguous or their strides differ."""
+    strides = cos.stride()
+    return (cos, sin) if strides[2] == 1 and strides == sin.stride() else (cos.contiguous(), sin.contiguous())
 
 
 class _Rotary(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
         q, k = with_contiguous_columns(q), with_contiguous_columns(k)
-        if cos.stride(-1) != 1 or cos.stride() != sin.stride():
-            cos, sin = cos.contiguous(), sin.contiguous()
+        cos, sin = readable_angles(cos, sin)
         dtype = torch.promote_types(q.dtype, cos.dtype)
-        token_major = _is_token_major(q, head_dim), _is_token_major(k, head_dim)
-        q_out, k_out = empty_heads(q, dtype, head_dim, token_major[0]), empty_heads(k, dtype, head_dim, token_major[1])
-        _launch([(q, q_out), (k, k_out)], cos, sin, head_dim, transposed=False)
+        ctx.q_token_major, ctx.k_token_major = _is_token_major(q, head_dim), _is_token_major(k, head_dim)
+        q_out = empty_heads(q, dtype, head_dim, ctx.q_token_major)
+        k_out = empty_heads(k, dtype, head_dim, ctx.k_token_major)
+        _launch(q, q_out, k, k_out, cos, sin, head_dim, transposed=False)
         ctx.save_for_backward(cos, sin)
-        ctx.dtype, ctx.head_dim, ctx.token_major = q.dtype, head_dim, token_major
+        ctx.dtype, ctx.head_dim = q.dtype, head_dim
         return q_out, k_out
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *douts: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dq_out: Tensor, dk_out: Tensor) -> tuple[Tensor | None, ...]:
         cos, sin = ctx.saved_tensors
-        pairs: list[tuple[Tensor, Tensor]] = []
-        gradients: list[Tensor | None] = [None, None]
-        for i in range(2):
-            if ctx.needs_input_grad[i]:
-                dout = with_contiguous_columns(douts[i])
-                gradients[i] = dx = empty_heads(dout, ctx.dtype, ctx.head_dim, ctx.token_major[i])
-                pairs.append((dout, dx))
-        if pairs:
-            _launch(pairs, cos, sin, ctx.head_dim, transposed=True)
-        return *gradients, None, None, None
+        needs_dq, needs_dk = ctx.needs_input_grad[:2]
+        dq = dk = None
+        if needs_dq:
+            dq_out = with_contiguous_columns(dq_out)
+            dq = empty_heads(dq_out, ctx.dtype, ctx.head_dim, ctx.q_token_major)
+        if needs_dk:
+            dk_out = with_contiguous_columns(dk_out)
+            dk = empty_heads(dk_out, ctx.dtype, ctx.head_dim, ctx.k_token_major)
+        if dq is not None:
+            _launch(dq_out, dq, dk_out if needs_dk else None, dk, cos, sin, ctx.head_dim, transposed=True)
+        elif dk is not None:
+            _launch(dk_out, dk, None, None, cos, sin, ctx.head_dim, transposed=True)
+        return dq, dk, None, None, None
 
 
 def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> tuple[Tensor, Tensor]:
@@ -200,7 +223,7 @@ def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 
         TypeError: a tensor is not floating-point, k has another dtype than q, or sin than cos.
     """
     _check(q, k, cos, sin, unsqueeze_dim)
-    trains_angles = torch.is_grad_enabled() and (cos.requires_grad or sin.requires_grad)
+    trains_angles = (cos.requires_grad or sin.requires_grad) and torch.is_grad_enabled()
     if runs_kernels(q, k, cos, sin) and not trains_angles:
         return _Rotary.apply(q, k, cos, sin, unsqueeze_dim)
     return reference(q, k, cos, sin, unsqueeze_dim)
@@ -245,13 +268,12 @@ class _RotaryOne(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, head_dim: int) -> Tensor:
         x = with_contiguous_columns(x)
-        if cos.stride(-1) != 1 or cos.stride() != sin.stride():
-            cos, sin = cos.contiguous(), sin.contiguous()
-        token_major = _is_token_major(x, head_dim)
-        y = empty_heads(x, torch.promote_types(x.dtype, cos.dtype), head_dim, token_major)
-        _launch([(x, y)], cos, sin, head_dim, transposed=False)
+        cos, sin = readable_angles(cos, sin)
+        ctx.token_major = _is_token_major(x, head_dim)
+        y = empty_heads(x, torch.promote_types(x.dtype, cos.dtype), head_dim, ctx.token_major)
+        _launch(x, y, None, None, cos, sin, head_dim, transposed=False)
         ctx.save_for_backward(cos, sin)
-        ctx.dtype, ctx.head_dim, ctx.token_major = x.dtype, head_dim, token_major
+        ctx.dtype, ctx.head_dim = x.dtype, head_dim
         return y
 
     @staticmethod
@@ -260,7 +282,7 @@ class _RotaryOne(torch.autograd.Function):
         dout = with_contiguous_columns(dout)
         dx = empty_heads(dout, ctx.dtype, ctx.head_dim, ctx.token_major)
         cos, sin = ctx.saved_tensors
-        _launch([(dout, dx)], cos, sin, ctx.head_dim, transposed=True)
+        _launch(dout, dx, None, None, cos, sin, ctx.head_dim, transposed=True)
         return dx, None, None, None
 
 
@@ -280,7 +302,7 @@ def rotary_one(x: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> T
         ValueError, TypeError: as `rotary`, which calls x q.
     """
     _check(x, x, cos, sin, unsqueeze_dim)
-    trains_angles = torch.is_grad_enabled() and (cos.requires_grad or sin.requires_grad)
+    trains_angles = (cos.requires_grad or sin.requires_grad) and torch.is_grad_enabled()
     if runs_kernels(x, cos, sin) and not trains_angles:
         return _RotaryOne.apply(x, cos, sin, unsqueeze_dim)
     return _rotated(x, cos, sin, unsqueeze_dim)

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from liger.ops.gated import Gated, check
+from liger.ops.gated import Gated, JoinedGated, check, check_joined
 from liger.ops.launch import runs_kernels
 
 
@@ -41,3 +41,22 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     if runs_kernels(gate, up):
         return Gated.apply(gate, up, "silu")
     return reference(gate, up)
+
+
+def swiglu_joined(gate_up: Tensor) -> Tensor:
+    """`swiglu` of the two halves of the last dimension of `gate_up`, gate first, whose gradient is one tensor as well.
+
+    Args:
+        gate_up: (..., 2N), fp32, bf16, fp16 or fp64.
+
+    Returns:
+        A contiguous tensor (..., N) of its dtype.
+
+    Raises:
+        ValueError: the last dimension of `gate_up` is odd.
+        TypeError: `gate_up` is not a floating-point tensor.
+    """
+    check_joined("swiglu_joined", gate_up)
+    if runs_kernels(gate_up):
+        return JoinedGated.apply(gate_up, "silu")
+    return reference(*gate_up.chunk(2, dim=-1))
