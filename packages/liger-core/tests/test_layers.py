@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 from typing import ClassVar
 
 import pytest
@@ -17,6 +18,7 @@ from transformers.models.t5gemma.modeling_t5gemma import T5GemmaForConditionalGe
 from liger.adapter import Adapter
 from liger.causal_lm import CausalLM
 from liger.layers import Experts, FusedGatedMLP, GatedMLP, LayerNorm, RMSNorm, Stock
+from liger.ops import rotary
 from liger.patch import apply_adapters
 from liger.testing import TINY, AdapterContract
 from liger.testing.parity import assert_same_step, in_fp64
@@ -25,6 +27,7 @@ from liger.testing.tiny import batch, build
 MIXTRAL = Adapter(
     modeling="transformers.models.mixtral.modeling_mixtral",
     modules={"MixtralRMSNorm": RMSNorm(eps="variance_epsilon"), "MixtralExperts": Experts(act="hidden_act")},
+    functions={"apply_rotary_pos_emb": rotary},
     head=CausalLM("MixtralForCausalLM"),
 )
 PHI = Adapter(
@@ -155,6 +158,20 @@ def test_gate_and_up_in_one_projection(device, path):
     stock, patched, patch = pair(PHI3, Phi3ForCausalLM, config, device)
     assert [s.cls for s in patch.swapped] == ["Phi3MLP"] * 2
     assert_same_step(patched, stock, in_fp64(stock), batch(TINY["vocab_size"], device))
+
+
+@pytest.mark.parametrize("act", ["silu", "gelu", "gelu_pytorch_tanh"])
+def test_gate_and_up_in_one_tensor_take_one_gradient(device, act):
+    """Of two gradients autograd would make one, which moves half as many bytes again."""
+    pytest.importorskip("triton")
+    module = SimpleNamespace(
+        config=SimpleNamespace(hidden_act=act), gate_up_proj=nn.Identity(), down_proj=nn.Identity()
+    )
+    gate_up = torch.randn(3, 8, device=device, requires_grad=True)
+    for layer in (Experts(act="hidden_act"), FusedGatedMLP(act="hidden_act")):
+        (leaf, _), *others = layer.forward(module, gate_up).grad_fn.next_functions
+        assert leaf.variable is gate_up
+        assert not others
 
 
 @pytest.mark.parametrize("cap", [30.0, None])

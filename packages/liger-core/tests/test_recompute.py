@@ -153,7 +153,7 @@ def test_norm_outputs_and_products_are_not_kept(device, path, dtype):
 
 
 @pytest.mark.parametrize(("family", "width"), [("phi3", 2 * H + WIDTH), ("phi", H), ("mixtral", 2 * H + 2 * WIDTH)])
-def test_other_layers(device, family, width):
+def test_other_layers(device, path, family, width):
     """A fused gate and up; LayerNorm; experts, each token's product twice, and a norm whose output is a view's base."""
     on, off = pair(device, family)
     saved = kept(off) - kept(on)

@@ -12,7 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from liger.adapter import Kind, Layer
-from liger.ops import geglu, layer_norm, rms_norm, swiglu
+from liger.ops import geglu, geglu_joined, layer_norm, rms_norm, swiglu, swiglu_joined
+from liger.ops.geglu import Approximate
+from liger.ops.launch import runs_kernels
 from liger.ops.rms_norm import Cast
 from liger.recompute import rebuildable
 
@@ -98,19 +100,20 @@ class LayerNorm(_Norm):
 
 @dataclass(frozen=True)
 class _Gate:
-    """A gated activation's op, and the plain activation that it must equal."""
+    """A gated activation's op, of two tensors and of one that joins them, and the activation that it must equal."""
 
     op: Callable[[Tensor, Tensor], Tensor]
+    joined: Callable[[Tensor], Tensor]
     activation: Callable[[Tensor], Tensor]
 
 
-_SWIGLU = _Gate(swiglu, F.silu)
-_GATES = {
-    "silu": _SWIGLU,
-    "swish": _SWIGLU,
-    "gelu_pytorch_tanh": _Gate(partial(geglu, approximate="tanh"), partial(F.gelu, approximate="tanh")),
-    "gelu": _Gate(partial(geglu, approximate="none"), F.gelu),
-}
+def _geglu(approximate: Approximate) -> _Gate:
+    ops = partial(geglu, approximate=approximate), partial(geglu_joined, approximate=approximate)
+    return _Gate(*ops, partial(F.gelu, approximate=approximate))
+
+
+_SWIGLU = _Gate(swiglu, swiglu_joined, F.silu)
+_GATES = {"silu": _SWIGLU, "swish": _SWIGLU, "gelu_pytorch_tanh": _geglu("tanh"), "gelu": _geglu("none")}
 
 
 @dataclass(frozen=True)
@@ -144,6 +147,12 @@ class _Gated(Layer):
 
     def _gate(self, module: Any, gate: Tensor, up: Tensor) -> Tensor:
         return rebuildable(_GATES[getattr(module.config, self.act)].op, gate, up)
+
+    def _gate_joined(self, module: Any, gate_up: Tensor) -> Tensor:
+        if runs_kernels(gate_up):
+            return rebuildable(_GATES[getattr(module.config, self.act)].joined, gate_up)
+        # The reference keeps the halves, and only from what an op keeps can its output be computed again.
+        return self._gate(module, *gate_up.chunk(2, dim=-1))
 
 
 @dataclass(frozen=True)
@@ -190,8 +199,7 @@ class FusedGatedMLP(_Gated):
 
     def forward(self, module: Any, x: Tensor) -> Tensor:
         """`x` is (..., hidden size), and so is the result."""
-        gate, up = module.gate_up_proj(x).chunk(2, dim=-1)
-        return module.down_proj(self._gate(module, gate, up))
+        return module.down_proj(self._gate_joined(module, module.gate_up_proj(x)))
 
 
 _GATED_DISPATCH = ("grouped_mm", "batched_mm", "deepgemm")
@@ -227,5 +235,4 @@ class Experts(_Gated):
 
     def forward(self, module: Any, gate_up_out: Tensor) -> Tensor:
         """`gate_up_out` is (tokens, 2 · width), the result (tokens, width)."""
-        gate, up = gate_up_out.chunk(2, dim=-1)
-        return self._gate(module, gate, up)
+        return self._gate_joined(module, gate_up_out)

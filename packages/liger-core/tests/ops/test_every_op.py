@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from liger.ops import add_rms_norm, geglu, launch, layer_norm, qk_norm_rotary, rms_norm, rotary, swiglu
+from liger.ops import add_rms_norm, geglu, launch, layer_norm, qk_norm_rotary, rms_norm, rotary, swiglu, swiglu_joined
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -86,6 +86,7 @@ OPS = {
     "layer_norm-no-bias": Op(layer_norm, rows(64, 1, parameters=1)),
     "swiglu": Op(swiglu, rows(96, 2)),
     "swiglu-halves": Op(lambda x: swiglu(*x.chunk(2, -1)), rows(96, 1)),
+    "swiglu_joined": Op(swiglu_joined, rows(96, 1)),
     "geglu": Op(geglu, rows(96, 2)),
     "geglu-erf": Op(lambda gate, up: geglu(gate, up, "none"), rows(96, 2)),
     "rotary": Op(rotary, heads(64, token_major=True), constants=(2, 3)),

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from liger.ops import gated, geglu, swiglu
+from liger.ops import gated, geglu, geglu_joined, swiglu, swiglu_joined
 from liger.testing import assert_as_exact_as
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -75,6 +75,80 @@ def test_halves_of_one_projection_match_and_are_not_copied(device, path, op, sha
     (exact_dx,) = torch.autograd.grad(expected, exact, dy.double())
     assert_as_exact_as(y, expected.float(), expected, "y")
     assert_as_exact_as(dx, exact_dx.float(), exact_dx, "dx")
+
+
+JOINED = {
+    "silu": (swiglu_joined, F.silu),
+    "gelu-tanh": (geglu_joined, lambda x: F.gelu(x, approximate="tanh")),
+    "gelu-erf": (lambda gate_up: geglu_joined(gate_up, "none"), F.gelu),
+}
+
+
+@pytest.fixture(params=JOINED)
+def joined(request):
+    """The op of one tensor, and its activation in torch."""
+    return JOINED[request.param]
+
+
+def check_joined(joined, gate_up, dy) -> None:
+    """As `check`, for one tensor and its one gradient."""
+    function, activation = joined
+
+    def run(f, dtype):
+        leaf = gate_up.detach().to(dtype).requires_grad_()
+        y = f(leaf)
+        return [y, *torch.autograd.grad(y, leaf, dy.to(dtype))]
+
+    def in_torch(x):
+        gate, up = x.chunk(2, -1)
+        return activation(gate) * up
+
+    three = run(function, gate_up.dtype), run(in_torch, torch.float32), run(in_torch, torch.float64)
+    for name, actual, own, exact in zip(("y", "d gate_up"), *three, strict=True):
+        assert actual.dtype == gate_up.dtype
+        assert_as_exact_as(actual, own.to(gate_up.dtype), exact, name)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(2,), (3, 14), (2, 5, 128), (2, 4100), (3, 1, 1500), (0, 8), (3, 0)], ids=str)
+def test_joined_matches_fp64(device, path, joined, dtype, shape):
+    gate_up = torch.randn(shape, device=device).to(dtype)
+    check_joined(joined, gate_up, torch.randn(*shape[:-1], shape[-1] // 2, device=device).to(dtype))
+
+
+@pytest.mark.parametrize("case", ["slice of columns", "padded batches", "transposed", "expanded", "upstream"])
+def test_joined_of_other_strides(device, path, joined, case):
+    gate_up, dy = torch.randn(4, 6, 64, device=device), torch.randn(4, 6, 32, device=device)
+    if case == "slice of columns":
+        gate_up = torch.randn(4, 6, 100, device=device)[..., 20:84]
+    elif case == "padded batches":
+        gate_up, dy = gate_up[:, 1:], dy[:, 1:]
+    elif case == "transposed":
+        gate_up, dy = gate_up.transpose(0, 1), dy.transpose(0, 1)
+    elif case == "expanded":
+        gate_up = gate_up[:1, :1].expand(4, 6, 64)
+    else:
+        dy = dy[..., :1].expand(4, 6, 32)
+    check_joined(joined, gate_up, dy)
+
+
+@pytest.mark.parametrize(
+    ("gate_up", "error", "message"),
+    [
+        (torch.ones(2, 8).long(), TypeError, "gate_up must have a floating-point dtype, not torch.int64"),
+        (torch.ones(2, 7), ValueError, r"gate_up has shape \(2, 7\), expected an even last dimension"),
+        (torch.ones(()), ValueError, r"gate_up has shape \(\), expected an even last dimension"),
+    ],
+)
+@pytest.mark.parametrize("op", [swiglu_joined, geglu_joined], ids=lambda op: op.__name__)
+def test_joined_refuses_by_name(op, gate_up, error, message):
+    with pytest.raises(error, match=f"{op.__name__}: {message}"):
+        op(gate_up)
+
+
+def test_geglu_joined_refuses_an_unknown_approximation():
+    with pytest.raises(ValueError, match="geglu_joined: approximate must be 'tanh' or 'none', not 'erf'"):
+        geglu_joined(torch.ones(2, 8), "erf")
 
 
 @pytest.mark.parametrize(

@@ -59,12 +59,19 @@ def divisor(
     return torch.full((), denominator, device=like.device, dtype=dtype)
 
 
+def _rows(logits: Tensor) -> Tensor:
+    """(..., V) logits as (M, V), copied only when their columns are not contiguous or a row stride cannot do it."""
+    rows = logits if logits.dim() == 2 else logits.reshape(-1, logits.shape[-1])
+    return rows if rows.stride(1) == 1 else rows.contiguous()
+
+
 def _run_forward(
     logits: Tensor, target: Tensor, denominator: Tensor | None, options: Options, with_gradient: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    loss = torch.empty(logits.shape[0], dtype=torch.float32, device=logits.device)
-    lse = torch.empty(logits.shape[0], 2, dtype=torch.float32, device=logits.device)
-    gradient = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device) if with_gradient else None
+    rows, columns = logits.shape
+    loss = logits.new_empty(rows, dtype=torch.float32)
+    lse = logits.new_empty(rows, 2, dtype=torch.float32)
+    gradient = logits.new_empty(rows, columns) if with_gradient else None
     early, _ = early_and_late(denominator, logits.dtype)
     fill_rows(logits, target, options, loss, lse, gradient, denominator=early)
     return loss, lse, gradient
@@ -75,9 +82,10 @@ class _CrossEntropy(torch.autograd.Function):
     def forward(
         ctx: Any, logits: Tensor, target: Tensor, denominator: Tensor | None, options: Options, reduction: Reduction
     ) -> Tensor:
-        loss, lse, gradient = _run_forward(logits, target, denominator, options, reduction != "none")
-        ctx.save_for_backward(logits, target, denominator, lse, gradient)
-        ctx.options = options
+        rows = _rows(logits)
+        loss, lse, gradient = _run_forward(rows, target, denominator, options, reduction != "none")
+        ctx.save_for_backward(rows, target, denominator, lse, gradient)
+        ctx.options, ctx.shape = options, logits.shape
         ctx.is_used = False
         return reduced(loss, reduction, denominator)
 
@@ -86,12 +94,12 @@ class _CrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         logits, target, denominator, lse, gradient = ctx.saved_tensors
         if gradient is None or ctx.is_used:
-            gradient = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+            gradient = logits.new_empty(logits.shape)
             fill_rows(logits, target, ctx.options, None, lse, gradient, upstream=upstream, denominator=denominator)
         else:
             ctx.is_used = not torch.compiler.is_compiling()
             gradient = scaled(gradient, upstream, early_and_late(denominator, logits.dtype)[1])
-        return gradient, None, None, None, None
+        return gradient if len(ctx.shape) == 2 else gradient.view(ctx.shape), None, None, None, None
 
 
 def check_labels(op: str, target: Tensor, classes: int, ignore_index: int) -> None:
@@ -169,15 +177,12 @@ def cross_entropy(
     columns = logits.shape[-1]
     check_labels("cross_entropy", target, columns, ignore_index)
 
-    rows, labels = logits.reshape(-1, columns), target.reshape(-1).contiguous()
+    labels = (target if target.dim() == 1 else target.reshape(-1)).contiguous()
     divide_by = divisor(denominator, reduction, labels, ignore_index, logits)
     if not runs_kernels(logits):
-        loss = reference(rows, labels, options, reduction, divide_by)
+        loss = reference(logits.reshape(-1, columns), labels, options, reduction, divide_by)
+    elif torch.is_grad_enabled() and logits.requires_grad:
+        loss = _CrossEntropy.apply(logits, labels, divide_by, options, reduction)
     else:
-        if rows.stride(-1) != 1:
-            rows = rows.contiguous()
-        if torch.is_grad_enabled() and logits.requires_grad:
-            loss = _CrossEntropy.apply(rows, labels, divide_by, options, reduction)
-        else:
-            loss = reduced(_run_forward(rows, labels, divide_by, options, False)[0], reduction, divide_by)
+        loss = reduced(_run_forward(_rows(logits), labels, divide_by, options, False)[0], reduction, divide_by)
     return loss.view(target.shape) if reduction == "none" else loss
