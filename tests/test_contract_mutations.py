@@ -20,6 +20,8 @@ MUTANTS = {
     "WrongHead": "dataclasses.replace(llama, head=CausalLM('LlamaForCausalLM', head='model'))",
     "WrongModel": "dataclasses.replace(llama, head=CausalLM('LlamaForSequenceClassification'))",
     "WrongFile": "dataclasses.replace(llama, modeling='transformers.models.mistral.modeling_mistral')",
+    "NormLeftOut": "dataclasses.replace(llama, modules={'LlamaMLP': llama.modules['LlamaMLP']})",
+    "RotaryLeftOut": "dataclasses.replace(llama, functions={})",
     "NotBroken": "llama",
 }
 
@@ -56,7 +58,7 @@ def test_every_mutant_turns_a_test_red_and_the_sound_adapter_none(pytester):
     pytester.makepyfile(SUITE + "\n\n".join(textwrap.dedent(c) for c in classes))
     result = pytester.runpytest_subprocess(
         "-p", "liger.testing.plugin", "-q", "--tb=no", "-rfE",
-        "-k", "found_and_used or equals_its_original or loss_and_gradients or logits_are_there",
+        "-k", "found_and_used or left_out or equals_its_original or loss_and_gradients or logits_are_there",
     )  # fmt: skip
     red = set(re.findall(r"(?:FAILED|ERROR) .*::Test(\w+)::", result.stdout.str()))
     assert red == set(MUTANTS) - {"NotBroken"}, f"stayed green: {set(MUTANTS) - {'NotBroken'} - red}"

@@ -125,7 +125,7 @@ def test_experts_of_another_make_are_declined(device, attribute, value, reason):
 
 def test_experts_have_a_switch(device):
     model = build(MixtralForCausalLM, mixtral(), device)
-    assert {s.kind for s in apply_adapters(model, [MIXTRAL], experts=False).swapped} == {"norm", "loss"}
+    assert {s.kind for s in apply_adapters(model, [MIXTRAL], experts=False).swapped} == {"norm", "rope", "loss"}
 
 
 def test_a_class_from_elsewhere_is_meant_only_as_a_part_of_the_adapters_own(device):

@@ -28,6 +28,7 @@ from liger.layers import Stock
 from liger.patch import Patch, apply_adapters
 from liger.testing.parity import assert_each_as_exact_as, assert_same_step, cast, in_fp64, recorded_calls, run
 from liger.testing.tiny import batch, build
+from liger.testing.unnamed import unnamed
 
 
 class AdapterContract:
@@ -83,16 +84,21 @@ class AdapterContract:
 
     def test_every_target_is_found_and_used(self, device: torch.device) -> None:
         patch = self.apply(self.model(device))
-        assert not self.unexpected(patch)
+        unexpected = {f"{d.cls} ({d.kind}): {d.reason}" for d in self.unexpected(patch)}
+        assert not unexpected, f"declined, which `declines` does not foresee: {'; '.join(sorted(unexpected))}"
         met = {name for d in patch.declined for name in (d.kind, d.cls)}
-        assert set(self.declines) <= met, f"not declined: {set(self.declines) - met}"
+        assert set(self.declines) <= met, f"`declines` foresees what is not declined: {set(self.declines) - met}"
         used = {s.cls for s in patch.swapped} | {d.cls for d in patch.declined}
-        assert set(self.adapter.modules) <= used, f"never met: {set(self.adapter.modules) - used}"
+        assert set(self.adapter.modules) <= used, f"the tiny model holds none: {set(self.adapter.modules) - used}"
         ropes = {name for s in patch.swapped if s.kind == "rope" for name in s.runs.split(", ")}
         if "rope" not in self.declines:
             ops = {op if isinstance(op, str) else op.__name__ for op in self.adapter.functions.values()}
             assert ops <= ropes, f"never used: {ops - ropes}"
         assert self.language_model in used
+
+    def test_nothing_that_has_a_kernel_is_left_out(self, device: torch.device) -> None:
+        missing = list(unnamed(self.adapter, self.model(device)))
+        assert not missing, f"adapter {self.adapter.key}: " + "; ".join(missing)
 
     def method(self, cls: str) -> str:
         """Which method of the class is replaced."""
@@ -274,7 +280,7 @@ class AdapterContract:
         stock, patched = self.model(device), self.model(device)
         calls: list[str] = []
         for name in (s.name for s in self.apply(patched).swapped if s.kind != "loss"):
-            patched.get_submodule(name).register_forward_hook(lambda m, *_: calls.append(type(m).__name__))
+            patched.get_submodule(name).register_forward_pre_hook(lambda m, *_: calls.append(type(m).__name__))
         patched(**self.inputs(stock)).loss.backward()
         once = len(calls)
         patched.gradient_checkpointing_enable()
