@@ -70,7 +70,8 @@ def geglu_joined(gate_up: Tensor, approximate: Approximate = "tanh") -> Tensor:
     _check_approximate("geglu_joined", approximate)
     if runs_kernels(gate_up):
         return JoinedGated.apply(gate_up, "gelu_tanh" if approximate == "tanh" else "gelu")
-    return reference(*gate_up.chunk(2, dim=-1), approximate)
+    gate, up = gate_up.chunk(2, dim=-1)
+    return reference(gate, up, approximate)
 
 
 def _check_approximate(op: str, approximate: str) -> None:

@@ -250,7 +250,8 @@ def check_shapes(op: str, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, head_d
     q_shape, k_shape, cos_shape, token_dim = q.shape, k.shape, cos.shape, 3 - head_dim
     if len(q_shape) != 4:
         raise ValueError(f"{op}: q has shape {tuple(q_shape)}, expected 4 dimensions")
-    if len(k_shape) != 4 or any(k_shape[dim] != q_shape[dim] for dim in (0, token_dim, 3)):
+    as_q = (q_shape[0], q_shape[token_dim], q_shape[3])
+    if len(k_shape) != 4 or (k_shape[0], k_shape[token_dim], k_shape[3]) != as_q:
         raise ValueError(
             f"{op}: k has shape {tuple(k_shape)}, expected q's {tuple(q_shape)} but for dimension {head_dim}"
         )

@@ -59,4 +59,5 @@ def swiglu_joined(gate_up: Tensor) -> Tensor:
     check_joined("swiglu_joined", gate_up)
     if runs_kernels(gate_up):
         return JoinedGated.apply(gate_up, "silu")
-    return reference(*gate_up.chunk(2, dim=-1))
+    gate, up = gate_up.chunk(2, dim=-1)
+    return reference(gate, up)
