@@ -21,7 +21,7 @@ if not HAS_GPU:
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
-def _round_bfloat16_in_the_interpreter() -> None:
+def round_bfloat16_in_the_interpreter() -> None:
     """Make Triton's interpreter round fp32 to bf16 as every GPU does: it truncates, twice the error of rounding."""
     try:
         import triton.language as tl
@@ -41,7 +41,7 @@ def _round_bfloat16_in_the_interpreter() -> None:
 def pytest_configure(config: pytest.Config) -> None:
     """Register the marker, and repair the interpreter's rounding where it will run."""
     if not HAS_GPU:
-        _round_bfloat16_in_the_interpreter()
+        round_bfloat16_in_the_interpreter()
     config.addinivalue_line("markers", "gpu: needs a GPU; skipped without one")
 
 
