@@ -26,11 +26,7 @@ import torch
 from torch import Tensor
 
 from liger.ops.column_sums import column_sums
-from liger.ops.launch import jit, launch, next_power_of_2, runs_kernels, sm_count, tl
-from liger.ops.once_differentiable import once_differentiable
-from liger.ops.rms_norm import Cast
-from liger.ops.rms_norm import reference as reference_norm
-from liger.ops.rotary import (
+from liger.ops.heads import (
     check_shapes,
     empty_heads,
     readable_angles,
@@ -38,6 +34,10 @@ from liger.ops.rotary import (
     strides_of_heads,
     with_contiguous_columns,
 )
+from liger.ops.launch import jit, launch, next_power_of_2, runs_kernels, sm_count, tl
+from liger.ops.once_differentiable import once_differentiable
+from liger.ops.rms_norm import Cast
+from liger.ops.rms_norm import reference as reference_norm
 from liger.ops.rotary import reference as reference_rotary
 
 _MAX_COLUMNS = 1024
