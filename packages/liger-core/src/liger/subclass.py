@@ -78,6 +78,12 @@ def head_class(base: Any, spec: CausalLM) -> type[nn.Module]:
 
 
 @functools.cache
+def parallel_head_class(base: Any, spec: CausalLM) -> type[nn.Module]:
+    """The same where the instance has a forward of transformers' tensor parallelism."""
+    return _subclass(base, spec.parallel_head_members(base), (parallel_head_class, base, spec))
+
+
+@functools.cache
 def recompute_class(base: Any, _: None) -> type[nn.Module]:
     """`base`, during whose forward autograd keeps no tensor that one cheap pass rebuilds."""
     return _subclass(base, {"forward": forward_in_region(base.forward)}, (recompute_class, base, None))
