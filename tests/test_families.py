@@ -87,6 +87,17 @@ def test_two_families_in_one_model_and_one_of_them_unpatched_beside_it(llama, mi
 
 
 @each_contract
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_every_model_is_verified(contract, device, dtype):
+    test = contract()
+    model = test.model(device, dtype)
+    test.apply(model)
+    for inputs in (None, test.inputs(model)):
+        report = liger.verify(model, inputs=inputs)
+        assert report.ok, str(report)
+
+
+@each_contract
 def test_apply_undo_apply(contract, device):
     test = contract()
     model = test.model(device)

@@ -10,14 +10,17 @@ from liger.__about__ import __version__
 from liger.adapter import Adapter
 from liger.discover import AdapterConflictError, NoAdapterError, VersionRangeError, adapters
 from liger.patch import Patch, apply
+from liger.verify import Verification, verify
 
 __all__ = [
     "Adapter",
     "AdapterConflictError",
     "NoAdapterError",
     "Patch",
+    "Verification",
     "VersionRangeError",
     "__version__",
     "adapters",
     "apply",
+    "verify",
 ]
