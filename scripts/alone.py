@@ -7,10 +7,10 @@ environment that has the third-party packages of this one and none of ours; its 
 from __future__ import annotations
 
 import argparse
+import shutil
 import subprocess
 import sys
 import sysconfig
-import tarfile
 import tempfile
 import venv
 from pathlib import Path
@@ -24,8 +24,7 @@ def build(package: Path, dist: Path) -> Path:
     hatchling = [sys.executable, "-m", "hatchling", "build", "-d", str(dist)]
     subprocess.run([*hatchling, "-t", "sdist"], cwd=package, check=True, capture_output=True)
     (archive,) = dist.glob(f"{package.name.replace('-', '_')}-*.tar.gz")
-    with tarfile.open(archive) as tar:
-        tar.extractall(dist, **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))
+    shutil.unpack_archive(archive, dist)
     unpacked = dist / archive.name.removesuffix(".tar.gz")
     subprocess.run([*hatchling, "-t", "wheel"], cwd=unpacked, check=True, capture_output=True)
     return unpacked

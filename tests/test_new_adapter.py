@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -57,6 +58,18 @@ def test_a_model_of_nobodys_gets_a_package_that_passes_the_contract(model, tmp_p
     code = folder / "src" / f"liger_{model}" / "__init__.py"
     assert len(code.read_text().splitlines()) <= 40
     assert run(folder, "ruff", "check", "--select", "E,F", "--line-length", "120", ".")[0] == 0
+
+
+def test_the_guide_shows_what_is_written():
+    """The contract that its blocks must pass is the one above."""
+    guide = (
+        (Path(__file__).parent.parent / "CONTRIBUTING.md").read_text("utf-8").partition("## Adding a model family")[2]
+    )
+    blocks = re.findall(r"```python\n(.*?)```", guide.partition("\n## ")[0], re.S)
+    with tempfile.TemporaryDirectory() as folder:
+        write(found("granite"), Path(folder))
+        for path, block in zip(["src/liger_granite/__init__.py", "tests/test_granite.py"], blocks, strict=True):
+            assert (Path(folder) / path).read_text("utf-8") == block
 
 
 def test_its_wheel_is_found_by_liger_apply(tmp_path, monkeypatch):

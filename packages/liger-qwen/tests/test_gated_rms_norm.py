@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import copy
+import functools
 
 import pytest
 import torch
 from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextRMSNormGated
 
-from liger.subclass import layer_class
 from liger.testing import assert_as_exact_as
 from liger_qwen.gated_rms_norm import GatedRMSNorm
 
@@ -39,7 +39,7 @@ def test_output_and_all_gradients(device, path, dtype, weight_dtype):
     x, gate = (torch.randn(13, 24).to(device=device, dtype=dtype) for _ in range(2))
     stock = module(device, weight_dtype)
     ours = copy.deepcopy(stock)
-    ours.__class__ = layer_class(Qwen3NextRMSNormGated, LAYER)
+    ours.forward = functools.partial(LAYER.forward, ours)
     exact = copy.deepcopy(stock).double()
     triples = zip(
         results(ours, x, gate), results(stock, x, gate), results(exact, x.double(), gate.double()), strict=True
