@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from liger.loss_request import AfterHead, LossRequest, StockLoss, stock_loss_of
+from liger.sharded_head import before_the_instance, has_transformers_forward, is_taken_away
 
 _REQUEST = "_liger_loss_request"
 
@@ -88,7 +89,7 @@ class CausalLM:
         known = [cls for cls in type(head).__mro__ if not cls.__module__.startswith("torch.distributed.")]
         if known[0] is not nn.Linear:
             return f"{self.head} is {type(head).__name__}, not Linear"
-        if "forward" in vars(head):
+        if "forward" in vars(head) and not has_transformers_forward(head):
             return f"{self.head}.forward was replaced on the instance"
         return None
 
@@ -108,7 +109,11 @@ class CausalLM:
             if torch.compiler.is_compiling() and not self.training:
                 return stock(self, *args, **kwargs)
             request = LossRequest(labels, spec.loss, spec.after_head(self), kwargs)
-            asked = [part for part in (self, spec.find_head(self)) if part is not None]
+            head = spec.find_head(self)
+            # An evaluation loop reads the logits after the forward.
+            if not self.training and isinstance(head, nn.Linear) and is_taken_away(self, head):
+                head = None
+            asked = [part for part in (self, head) if part is not None]
             for part in asked:
                 setattr(part, _REQUEST, request)
             try:
@@ -126,13 +131,21 @@ class CausalLM:
 
     def head_members(self, base: type[nn.Module]) -> dict[str, Any]:
         """`forward` for a subclass of the head's class `base`."""
-        stock = base.forward
+        return {"forward": _answering(base.forward)}
 
-        @functools.wraps(stock)
-        def forward(self: nn.Module, input: Tensor) -> Tensor:
-            request: LossRequest | None = getattr(self, _REQUEST, None)
-            if request is None or not request.can_fuse(self, input):
-                return stock(self, input)
-            return request.compute_in(self, input)
+    def parallel_head_members(self, base: type[nn.Module]) -> dict[str, Any]:
+        """The same for a head on whose instance transformers' tensor parallelism has put a forward of its own."""
+        return {"forward": before_the_instance(_answering(lambda head, input: vars(head)["forward"](input)))}
 
-        return {"forward": forward}
+
+def _answering(stock: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A head's forward that computes the loss where it is asked for and can be, and runs `stock` elsewhere."""
+
+    @functools.wraps(stock)
+    def forward(self: nn.Module, input: Tensor) -> Tensor:
+        request: LossRequest | None = getattr(self, _REQUEST, None)
+        if request is None or not request.can_fuse(self, input):
+            return stock(self, input)
+        return request.compute_in(self, input)
+
+    return forward

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 from liger.lazy_logits import LazyLogits
 from liger.ops import cross_entropy, linear_cross_entropy
+from liger.ops.vocab_parallel_cross_entropy import vocab_parallel_linear_cross_entropy
+from liger.sharded_head import call_again, is_vocab_parallel, is_whole
 
 StockLoss = Literal["ForCausalLMLoss", "ForMaskedLMLoss"]
 
@@ -57,7 +59,7 @@ class LossRequest:
         self.loss: Tensor | None = None
         self.placeholder: Tensor | None = None
         self.recompute: Callable[[torch.dtype], Tensor] | None = None
-        self.upstream: list[Tensor] = []
+        self.upstream = _Upstream()
         self.shape = torch.Size()
 
     def target(self) -> Tensor:
@@ -69,9 +71,9 @@ class LossRequest:
         return F.pad(self.labels, (0, 1), value=self.ignore_index)[..., 1:].reshape(-1)
 
     def can_fuse(self, head: Any, hidden: Tensor) -> bool:
-        """Whether the head's weight is one that the op may read, and there is a target for every hidden state."""
-        plain = type(head.weight) in (Tensor, nn.Parameter) and type(hidden) in (Tensor, nn.Parameter)
-        return plain and self.loss is None and self._fits(hidden)
+        """Whether the head's weight is one that an op may read, and there is a target for every hidden state."""
+        readable = (is_whole(head) and type(hidden) in (Tensor, nn.Parameter)) or is_vocab_parallel(head, hidden)
+        return readable and self.loss is None and self._fits(hidden)
 
     def _fits(self, rows: Tensor) -> bool:
         """Whether there is one label for every row, and one number to divide by."""
@@ -84,7 +86,8 @@ class LossRequest:
     def compute_in(self, head: Any, hidden: Tensor) -> Tensor:
         """Compute the loss from hidden states (..., H) and return the placeholder (..., 0) for the logits."""
         items = self.num_items_in_batch
-        self.loss = linear_cross_entropy(
+        op = linear_cross_entropy if is_whole(head) else vocab_parallel_linear_cross_entropy
+        self.loss = op(
             hidden.reshape(-1, hidden.shape[-1]),
             head.weight,
             self.target().to(hidden.device),
@@ -106,11 +109,19 @@ class LossRequest:
 
     def _recompute_in(self, head: Any, hidden: Tensor, autocast: torch.dtype | None) -> Callable[[torch.dtype], Tensor]:
         grad, inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
-        version = None if head.weight.is_inference() else head.weight._version  # inference tensors do not count theirs
+        weight, shape, upstream = head.weight, self.shape, self.upstream
+        version = None if weight.is_inference() else weight._version  # inference tensors do not count theirs
         after_head = self.after_head
 
         def recompute(dtype: torch.dtype) -> Tensor:
-            if version is not None and head.weight._version != version:
+            # Where the weight is sharded, `weight` was gathered for the forward: backward is what an optimizer follows.
+            sharded = head.weight is not weight or hasattr(weight, "ds_id")
+            if sharded and upstream.has_arrived:
+                raise RuntimeError(
+                    "outputs.logits are computed when they are first read, and the head's sharded weight may have "
+                    "changed since the forward; read them before backward"
+                )
+            if not sharded and version is not None and weight._version != version:
                 raise RuntimeError(
                     "outputs.logits are computed when they are first read, and the head's weight has changed since the "
                     "forward; read them before optimizer.step()"
@@ -120,7 +131,7 @@ class LossRequest:
                 torch.set_grad_enabled(grad),
                 torch.autocast(hidden.device.type, autocast, enabled=autocast is not None),
             ):
-                return after_head(head(hidden)).to(dtype)
+                return after_head(call_again(head, hidden, shape)).to(dtype)
 
         return recompute
 
@@ -176,29 +187,37 @@ class LossRequest:
         return output
 
 
+class _Upstream:
+    """The loss's gradient on its way from `_OutOf` to `_Into`, and whether one has ever arrived."""
+
+    gradient: Tensor | None = None
+    has_arrived = False
+
+
 class _Into(torch.autograd.Function):
     """The loss goes into the placeholder. Backward: its gradient comes in `upstream`, beside the empty tensor's."""
 
     @staticmethod
-    def forward(ctx: Any, loss: Tensor, placeholder: Tensor, upstream: list[Tensor]) -> Tensor:
+    def forward(ctx: Any, loss: Tensor, placeholder: Tensor, upstream: _Upstream) -> Tensor:
         ctx.upstream = upstream
         return placeholder.clone()
 
     @staticmethod
     def backward(ctx: Any, _: Tensor) -> tuple[Tensor, None, None]:
-        return ctx.upstream.pop(), None, None
+        gradient, ctx.upstream.gradient, ctx.upstream.has_arrived = ctx.upstream.gradient, None, True
+        return gradient, None, None
 
 
 class _OutOf(torch.autograd.Function):
     """The loss comes out of the placeholder. Backward: its gradient is left in `upstream` for `_Into`."""
 
     @staticmethod
-    def forward(ctx: Any, placeholder: Tensor, loss: Tensor, upstream: list[Tensor]) -> Tensor:
+    def forward(ctx: Any, placeholder: Tensor, loss: Tensor, upstream: _Upstream) -> Tensor:
         ctx.upstream = upstream
         ctx.empty = placeholder.detach()
         return loss.clone()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        ctx.upstream.append(grad)
+        ctx.upstream.gradient = grad
         return ctx.empty, None, None

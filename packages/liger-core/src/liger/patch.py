@@ -17,7 +17,15 @@ from torch import nn
 
 from liger.adapter import Adapter, Kind
 from liger.discover import adapters_for
-from liger.subclass import Swappable, function_class, head_class, layer_class, model_class, recompute_class
+from liger.subclass import (
+    Swappable,
+    function_class,
+    head_class,
+    layer_class,
+    model_class,
+    parallel_head_class,
+    recompute_class,
+)
 
 if TYPE_CHECKING:
     from liger.causal_lm import CausalLM
@@ -222,7 +230,8 @@ def _plan_loss(patch: Patch, spec: CausalLM, name: str, model: nn.Module, cls: t
         reason = spec.head_declines(model)
         if reason is None:
             runs = "the loss of its head"
-        _record(patch, head_name, head, "loss", type(head).__name__, _FUSED, reason, head_class, spec)
+        subclass = parallel_head_class if reason is None and "forward" in vars(head) else head_class
+        _record(patch, head_name, head, "loss", type(head).__name__, _FUSED, reason, subclass, spec)
     _record(patch, name, model, "loss", cls.__name__, runs, declined, model_class, spec)
 
 
