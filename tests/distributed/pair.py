@@ -18,6 +18,8 @@ from datetime import timedelta
 from pathlib import Path
 from unittest import SkipTest
 
+import pytest
+
 MODULES = ("data_parallel", "logits_read", "context_parallel", "vocab_parallel", "tensor_parallel")
 PASSED, SKIPPED = "passed", "skipped: "
 WORLD = int(os.environ.get("WORLD_SIZE", "2"))
@@ -97,7 +99,7 @@ def _outcome(case: Case) -> str:
         case()
     except SkipTest as reason:
         return f"{SKIPPED}{reason}"
-    except Exception:
+    except (Exception, pytest.fail.Exception):
         return traceback.format_exc()
     return PASSED
 
