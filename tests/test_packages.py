@@ -158,8 +158,8 @@ def test_a_packages_tests_run_alone(package):
 
 def test_readmes_commands_exist():
     made = environments()
-    for page in ("README.md", "CONTRIBUTING.md", "benchmarks/README.md"):
-        used = re.findall(r"hatch (?:-e (\w+) )?run (?:(\w+):)?(\w+)", (ROOT / page).read_text("utf-8"))
+    for page in ("README.md", "CONTRIBUTING.md", "RELEASING.md", ".pre-commit-config.yaml", "benchmarks/README.md"):
+        used = re.findall(r"hatch (?:-e (\w+) )?run (?:(\w+):)?([\w-]+)", (ROOT / page).read_text("utf-8"))
         missing = {script for *_, script in used} - set(made["default"]["scripts"])  # the others inherit them
         assert not missing, f"{page}: {missing}"
         assert {name for *names, _ in used for name in names if name} <= set(made)
@@ -191,8 +191,27 @@ def test_readmes_links_lead_somewhere():
     for page in (
         "README.md",
         "CONTRIBUTING.md",
+        "RELEASING.md",
+        "SECURITY.md",
         "benchmarks/README.md",
         *(f"packages/{p.name}/README.md" for p in PACKAGES),
     ):
         for link in re.findall(r"\]\((?!https?:)([^)#]+)", (ROOT / page).read_text("utf-8")):
             assert ((ROOT / page).parent / link).exists(), f"{page}: {link}"
+
+
+@each_package
+def test_a_package_has_owners_and_the_citation_its_licence(package):
+    owners = dict(line.split() for line in (ROOT / "CODEOWNERS").read_text().splitlines() if not line.startswith("#"))
+    assert owners.keys() == {"*", *(f"/packages/{family.name}/" for family in FAMILIES)}
+    assert all(owner.startswith("@") for owner in owners.values())
+    cited = (ROOT / "CITATION.cff").read_text("utf-8")
+    stated = toml(package / "pyproject.toml")["project"]
+    assert f"license: {stated['license']}\n" in cited
+    assert f"repository-code: {stated['urls']['Homepage']}\n" in cited
+
+
+@each_package
+def test_a_changelog_is_cut_where_towncrier_expects(package):
+    marker = toml(ROOT / "pyproject.toml")["tool"]["towncrier"]["start_string"]
+    assert (package / "CHANGELOG.md").read_text("utf-8").startswith(f"# Changelog of {package.name}\n\n{marker}\n## ")

@@ -3,64 +3,18 @@
 from __future__ import annotations
 
 import datetime
-import os
 import re
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(Path(__file__).parent))
+from clone import ROOT, Clone
+
 LLAMA = "packages/liger-llama"
 TODAY = datetime.date.today().isoformat()
-
-
-class Clone:
-    """The repository as it lies here, committed as one commit in a folder of its own."""
-
-    def __init__(self, folder):
-        self.folder = folder
-        for name in ("packages", "scripts"):
-            ignored = shutil.ignore_patterns("__pycache__", ".*_cache", "dist")
-            shutil.copytree(ROOT / name, folder / name, ignore=ignored)
-        for name in ("pyproject.toml", ".gitignore"):
-            shutil.copy(ROOT / name, folder / name)
-        self.git("init", "--quiet")
-        self.commit()
-
-    def git(self, *arguments):
-        identity = ["-c", "user.name=Someone", "-c", "user.email=someone@example.org"]
-        done = subprocess.run(
-            ["git", *identity, *arguments], cwd=self.folder, check=True, capture_output=True, text=True
-        )
-        return done.stdout.strip()
-
-    def commit(self, **files):
-        for name, text in files.items():
-            path = self.folder / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(text)
-        self.git("add", "--all")
-        self.git("commit", "--quiet", "-m", "work")
-
-    def release(self, *arguments):
-        """(exit status, what it said)."""
-        identity = {"GIT_CONFIG_COUNT": "2", "GIT_CONFIG_KEY_0": "user.name", "GIT_CONFIG_VALUE_0": "Someone"}
-        identity |= {"GIT_CONFIG_KEY_1": "user.email", "GIT_CONFIG_VALUE_1": "someone@example.org"}
-        identity |= {"LIGER_TEST_WORKERS": "0"}
-        command = [sys.executable, "scripts/release.py", *arguments]
-        done = subprocess.run(
-            command, cwd=self.folder, capture_output=True, text=True, env={**os.environ, **identity}, check=False
-        )
-        return done.returncode, done.stdout + done.stderr
-
-    def state(self):
-        return self.git("rev-parse", "HEAD"), self.git("status", "--porcelain"), self.git("tag")
-
-    def read(self, name):
-        return (self.folder / name).read_text("utf-8")
 
 
 @pytest.fixture
@@ -77,7 +31,7 @@ FRAGMENTS = {
 def test_a_dry_run_says_what_would_be_done_and_changes_nothing(clone):
     clone.commit(**FRAGMENTS)
     before = clone.state()
-    status, said = clone.release("liger-llama", "minor", "--dry-run")
+    status, said = clone.run("release.py", "liger-llama", "minor", "--dry-run")
     assert status == 0, said
     assert clone.state() == before
     for line in (
@@ -92,11 +46,11 @@ def test_a_dry_run_says_what_would_be_done_and_changes_nothing(clone):
 def test_the_first_release_dates_what_was_written_as_unreleased_and_the_next_takes_the_fragments(clone):
     first = clone.read(f"{LLAMA}/CHANGELOG.md").partition("## 0.1.0, unreleased")[2].strip()
     assert first
-    status, said = clone.release("liger-llama", "0.1.0", "--no-tests")
+    status, said = clone.run("release.py", "liger-llama", "0.1.0", "--no-tests")
     assert status == 0, said
     assert clone.read(f"{LLAMA}/CHANGELOG.md").endswith(f"<!-- releases -->\n\n## 0.1.0, {TODAY}\n\n{first}\n")
     clone.commit(**FRAGMENTS)
-    status, said = clone.release("liger-llama", "minor", "--no-tests")
+    status, said = clone.run("release.py", "liger-llama", "minor", "--no-tests")
     assert status == 0, said
     news = "### Added\n\n- A switch for `rope`. (#12)\n\n### Fixed\n\n- A head without a weight is declined."
     top = clone.read(f"{LLAMA}/CHANGELOG.md").partition("<!-- releases -->\n\n")[2]
@@ -115,7 +69,7 @@ def test_the_first_release_dates_what_was_written_as_unreleased_and_the_next_tak
 def test_fragments_join_the_text_of_a_version_that_is_not_released(clone):
     clone.commit(**FRAGMENTS)
     first = clone.read(f"{LLAMA}/CHANGELOG.md").partition("## 0.1.0, unreleased\n")[2].strip()
-    assert clone.release("liger-llama", "0.1.0", "--no-tests")[0] == 0
+    assert clone.run("release.py", "liger-llama", "0.1.0", "--no-tests")[0] == 0
     text = clone.read(f"{LLAMA}/CHANGELOG.md")
     assert text.count("## 0.1.0") == 1
     assert f"## 0.1.0, {TODAY}\n\n{first}\n\n### Added\n\n- A switch" in text
@@ -133,7 +87,7 @@ def test_fragments_join_the_text_of_a_version_that_is_not_released(clone):
 def test_what_cannot_be_released_is_refused(clone, files, arguments, said):
     clone.commit(**files, unrelated="x")
     before = clone.state()
-    status, told = clone.release(*arguments, "--no-tests")
+    status, told = clone.run("release.py", *arguments, "--no-tests")
     assert status != 0
     assert said in told
     assert clone.state() == before
@@ -141,12 +95,12 @@ def test_what_cannot_be_released_is_refused(clone, files, arguments, said):
 
 def test_a_tree_with_changes_is_refused_and_a_tag_is_never_moved(clone):
     (clone.folder / LLAMA / "src/liger_llama/left_over.py").write_text("")
-    status, said = clone.release("liger-llama", "0.1.0", "--no-tests")
+    status, said = clone.run("release.py", "liger-llama", "0.1.0", "--no-tests")
     assert status != 0
     assert "the tree is not clean:\n?? packages/liger-llama/src/liger_llama/left_over.py" in said
     clone.commit()
     clone.git("tag", "liger-llama-v0.1.0")
-    assert "liger-llama-v0.1.0 exists" in clone.release("liger-llama", "0.1.0", "--no-tests")[1]
+    assert "liger-llama-v0.1.0 exists" in clone.run("release.py", "liger-llama", "0.1.0", "--no-tests")[1]
 
 
 VERSION = "import liger\n\ndef test_version():\n    assert liger.__version__ == {!r}\n"
@@ -154,8 +108,9 @@ VERSION = "import liger\n\ndef test_version():\n    assert liger.__version__ == 
 
 def only_these_tests(clone, text):
     """Two families are left, with one test each."""
-    for package in clone.folder.glob("packages/*"):
-        shutil.rmtree(package / "tests") if package.name in CHEAP else shutil.rmtree(package)
+    clone.keep(*CHEAP)
+    for name in CHEAP:
+        shutil.rmtree(clone.folder / "packages" / name / "tests")
     clone.commit(**{f"packages/{name}/tests/test_version.py": text for name in CHEAP})
 
 
@@ -168,20 +123,20 @@ def test_a_new_core_must_pass_the_tests_of_the_families(clone):
     only_these_tests(clone, VERSION.format("0.2.0"))
     clone.commit(**fragment, **{"packages/liger-phi/tests/test_version.py": VERSION.format("0.1.0")})
     before = clone.state()
-    status, said = clone.release("liger-core", "minor")
+    status, said = clone.run("release.py", "liger-core", "minor")
     assert "tests of liger-llama with liger-core 0.2.0" in said
     assert "the tests of liger-phi fail with liger-core 0.2.0" in said
     assert status != 0
     assert clone.state() == before
     clone.commit(**{"packages/liger-phi/tests/test_version.py": VERSION.format("0.2.0")})
-    status, said = clone.release("liger-core", "minor")
+    status, said = clone.run("release.py", "liger-core", "minor")
     assert status == 0, said
     assert clone.state()[2] == "liger-core-v0.2.0"
 
 
 def test_a_family_whose_range_a_new_core_leaves_is_not_asked(clone):
     clone.commit(**{"packages/liger-core/changelog.d/+op.removed.md": "An op.\n"})
-    assert "would run the tests of liger-core\n" in clone.release("liger-core", "major", "--dry-run")[1]
+    assert "would run the tests of liger-core\n" in clone.run("release.py", "liger-core", "major", "--dry-run")[1]
 
 
 def test_every_fragment_has_a_name_that_towncrier_reads():

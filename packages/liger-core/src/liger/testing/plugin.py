@@ -9,6 +9,7 @@ Marker: `gpu`, for what only a GPU can show; skipped elsewhere, and counted in t
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -46,7 +47,10 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip the tests that need a GPU where there is none."""
+    """Note whose contract a test is of; skip the tests that need a GPU where there is none."""
+    for item in items:
+        adapter = getattr(getattr(item, "cls", None), "adapter", None)
+        item.user_properties += [] if adapter is None else [("adapter", adapter.key)]
     if HAS_GPU:
         return
     for item in items:
@@ -55,10 +59,27 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Say where the kernels ran and how many tests a GPU would have added."""
+    """Say which adapters fail and where, where the kernels ran, and how many tests a GPU would have added."""
+    for line in broken_adapters([*terminalreporter.getreports("failed"), *terminalreporter.getreports("error")]):
+        terminalreporter.write_line(line)
     skipped = [r for r in terminalreporter.getreports("skipped") if "needs a GPU" in str(r.longrepr)]
     where = torch.cuda.get_device_name() if HAS_GPU else "the CPU, kernels in Triton's interpreter"
     terminalreporter.write_line(f"ran on {where}; {len(skipped)} tests skipped that need a GPU")
+
+
+def broken_adapters(reports: list[pytest.TestReport]) -> Iterator[str]:
+    """A paragraph for each adapter whose contract fails: the tests, each with the first line of its error."""
+    found: dict[str, list[str]] = {}
+    for report in reports:
+        crash = getattr(report.longrepr, "reprcrash", None)
+        error = crash.message if crash else str(report.longrepr)
+        for name, key in getattr(report, "user_properties", []):
+            if name == "adapter":
+                test = report.nodeid.rpartition("::")[2]
+                found.setdefault(str(key), []).append(f"  {test}: {error.strip().partition(chr(10))[0]}")
+    for key, lines in sorted(found.items()):
+        yield f"adapter {key} on transformers {importlib.metadata.version('transformers')}: {len(lines)} tests fail"
+        yield from lines
 
 
 @pytest.fixture(autouse=True)
