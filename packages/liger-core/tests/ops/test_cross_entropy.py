@@ -171,7 +171,7 @@ def test_gradient_of_the_true_class_near_certainty(device, path, p):
         assert (gradient[0, 5] / exact[0, 5] - 1).abs() < 2**-8
 
 
-@pytest.mark.parametrize("columns", [3, 32001, 129920, 151936, 256000])
+@pytest.mark.parametrize("columns", [3, 32001, 129920, 151936, 256000, 262143])
 def test_log_prob_of_a_peaked_softmax_is_never_positive(device, path, columns):
     """A last tile that is not full must add nothing to the sum."""
     logits, target = some(2, columns, device, torch.bfloat16)
@@ -228,9 +228,10 @@ def test_strided_logits_are_read_where_they_lie(device, path):
         check(logits, labels)
 
 
-def test_expanded_upstream_gradient(device, path):
+def test_upstream_gradient_of_any_stride(device, path):
     logits, target = some(6, 30, device)
     check(logits, target, torch.full((1,), 0.5, device=device).expand(6), reduction="none")
+    check(logits, target, torch.rand(6, 3, device=device)[:, 1], reduction="none")
 
 
 def test_producer_that_saved_its_output_and_two_losses_of_one_tensor(device, path):

@@ -99,6 +99,47 @@ def test_many_classes_match_fp64(device, path, chunk_rows, dtype):
     check(*some(3, 16, 32001, device, dtype))
 
 
+@pytest.mark.parametrize("columns", [152065, 262143])
+@pytest.mark.parametrize("options", [{}, {"softcap": 1.0}, {"softcap": 30.0, "label_smoothing": 0.1}], ids=str)
+def test_the_largest_vocabularies_which_no_tile_divides(device, path, columns, options):
+    check(*some(2, 4, columns, device, torch.bfloat16), **options)
+
+
+@pytest.mark.parametrize("softcap", [1.0, 30.0])
+def test_padding_stays_out_of_the_sum_after_a_softcap(device, path, softcap):
+    """All logits −3: lanes past V that counted as softcap · tanh(−inf) = −softcap would be seen."""
+    x, weight = torch.ones(2, 1, device=device), torch.full((32001, 1), -3.0, device=device)
+    check(x, weight, None, torch.tensor([7, 32000], device=device), softcap=softcap)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("p", [0.9, 0.99, 0.999])
+def test_gradient_of_the_true_class_near_certainty(device, path, p, reduction):
+    """p − 1 must be taken before p is rounded to bf16: db of the label is that and nothing else."""
+    columns = 1001
+    bias = torch.zeros(columns, device=device)
+    bias[5] = torch.tensor(p * (columns - 1) / (1 - p)).log()
+    x, weight = torch.zeros(1, 8, device=device), torch.zeros(columns, 8, device=device)
+    tensors = [t.bfloat16() for t in (x, weight, bias)]
+    target = torch.tensor([5], device=device)
+    upstream = torch.ones(1 if reduction == "none" else (), device=device)
+    *_, db = run(linear_cross_entropy, *tensors, target, upstream, reduction=reduction)
+    *_, exact = run(naive, *(t.double() for t in tensors), target, upstream, reduction=reduction)
+    assert (db[5] / exact[5] - 1).abs() < 2**-8
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+def test_all_logits_but_one_minus_infinity(device, path, dtype, reduction):
+    x, weight, bias, _ = some(2, 8, 9001, device, dtype)
+    bias[:3] = bias[4:] = float("-inf")
+    upstream = torch.ones(2 if reduction == "none" else (), device=device)
+    target = torch.tensor([3, 3], device=device)
+    loss, *gradients = run(linear_cross_entropy, x, weight, bias, target, upstream, reduction=reduction)
+    assert torch.equal(loss, torch.zeros_like(loss))
+    assert all(torch.equal(g, torch.zeros_like(g)) for g in gradients)
+
+
 @pytest.mark.parametrize("columns", [1091, 9001])
 def test_memory_beside_the_rows_counts_for_nothing(device, path, columns):
     options = Options(ignore_index=-100, label_smoothing=0.1, z_loss=1e-3, softcap=3.0, logit_scale=0.5)
@@ -185,6 +226,15 @@ def test_loss_times_a_random_mask(device, path, chunk_rows):
     own = run(masked(naive), x, weight, bias, target)
     for three in zip(actual, own, exact, strict=True):
         assert_as_exact_as(*three)
+
+
+@pytest.mark.parametrize("how", ["expanded", "strided"])
+def test_upstream_gradient_of_any_stride(device, path, chunk_rows, how):
+    chunk_rows(3)
+    x, weight, bias, target = some(8, 12, 50, device, ignored=[3])
+    one = torch.full((1,), 0.5, device=device).expand(8)
+    upstream = one if how == "expanded" else torch.rand(8, 3, device=device)[:, 1]
+    check(x, weight, bias, target, upstream, reduction="none")
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
@@ -293,16 +343,15 @@ def test_two_backwards_accumulate_into_grad(device, path):
 
 @pytest.mark.parametrize("accum_dtype", [None, torch.float32], ids=str)
 def test_error_of_the_weights_gradient_does_not_grow_with_chunks(device, path, chunk_rows, accum_dtype):
-    """With fp32 accumulation at any number of chunks; in bf16, at the number that the default makes."""
-    x, weight, bias, target = some(256, 16, 50, device, torch.bfloat16)
-    _, _, exact, _ = run(naive, x.double(), weight.double(), bias.double(), target)
-    _, _, own, _ = run(naive, x, weight, bias, target)
-    for count in (1, 8) if accum_dtype is None else (1, 16, 128):
-        if path == "kernel" and count == 128:
-            continue  # as many products as in the reference, whose rows are faster here
-        chunk_rows(256 // count)
-        _, _, dw, _ = run(linear_cross_entropy, x, weight, bias, target, accum_dtype=accum_dtype)
-        assert_as_exact_as(dw, own, exact, f"dW of {count} chunks")
+    """In bf16 up to 8 chunks, in fp32 beyond, unless fp32 is asked for."""
+    x, weight, bias, target = some(64, 16, 50, device, torch.bfloat16)
+    _, _, *exact = run(naive, x.double(), weight.double(), bias.double(), target)
+    _, _, *own = run(naive, x, weight, bias, target)
+    for count in (1, 8, 9, 64):
+        chunk_rows(-(-64 // count))
+        _, _, *actual = run(linear_cross_entropy, x, weight, bias, target, accum_dtype=accum_dtype)
+        for name, *three in zip(("dW", "db"), actual, own, exact, strict=True):
+            assert_as_exact_as(*three, f"{name} of {count} chunks")
 
 
 @pytest.mark.parametrize("with_bias", [False, True])

@@ -147,8 +147,9 @@ def linear_cross_entropy(
         target: (...), int64 or int32, on the device of input.
         linear_bias: (V,), as the weight; None for none.
         reduction, ignore_index, label_smoothing, z_loss, softcap, logit_scale, denominator: as in `cross_entropy`.
-        accum_dtype: in which the weight's gradient is summed over the chunks. None: in the weight's own (fp16: fp32).
-            torch.float32: rounded once, at the end; for a bf16 weight that takes three times the gradient's memory.
+        accum_dtype: in which the weight's gradient is summed over the chunks. None: in the weight's own (fp16: fp32),
+            or in fp32 where that is bf16 and the chunks are more than 8. torch.float32: rounded once, at the end; for a
+            bf16 weight that takes three times the gradient's memory.
 
     Returns:
         fp32 (fp64 for fp64 inputs): a scalar, or with reduction "none" (...), 0 where the label is ignored.
