@@ -112,7 +112,10 @@ def break_norm(monkeypatch):
 
 
 def break_mlp(monkeypatch):
-    gate = dataclasses.replace(layers._SWIGLU, op=lambda gate, up: ops.swiglu(gate, skewed(up)))
+    sound = layers._SWIGLU
+    gate = dataclasses.replace(
+        sound, op=lambda gate, up: sound.op(gate, skewed(up)), joined=lambda gate_up: sound.joined(skewed(gate_up))
+    )
     monkeypatch.setitem(layers._GATES, "silu", gate)
 
 
