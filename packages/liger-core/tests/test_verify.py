@@ -304,6 +304,21 @@ def test_only_what_trains_is_compared(device):
     assert [c.name for c in liger.verify(model).compared] == ["the loss"]
 
 
+@pytest.mark.parametrize("order", ["peft, then patched", "patched, then peft"])
+@pytest.mark.parametrize("targets", [["q_proj", "down_proj"], ["lm_head"]], ids=["layers", "head"])
+def test_lora(device, order, targets, monkeypatch):
+    peft = pytest.importorskip("peft")
+    model = llama(device, adapter=LLAMA if order.startswith("patched") else None)
+    model = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=targets, init_lora_weights=False))
+    if order.startswith("peft"):
+        apply_adapters(model, [LLAMA])
+    report = liger.verify(model)
+    assert report.ok, str(report)
+    assert len(report.compared) == 1 + sum("lora" in name for name, _ in model.named_parameters())
+    break_mlp(monkeypatch)
+    assert liger.verify(model).ok == (targets == ["lm_head"]), "nothing trains below a head's adapter"
+
+
 def test_inside_a_wrapper(device):
     class Wrapper(nn.Module):
         def __init__(self, model):
