@@ -5,6 +5,7 @@ from liger.ops.cross_entropy import cross_entropy
 from liger.ops.geglu import geglu, geglu_joined
 from liger.ops.layer_norm import layer_norm
 from liger.ops.linear_cross_entropy import linear_cross_entropy
+from liger.ops.linear_log_prob import linear_log_prob
 from liger.ops.qk_norm_rotary import qk_norm_rotary
 from liger.ops.rms_norm import rms_norm
 from liger.ops.rotary import rotary, rotary_one
@@ -17,6 +18,7 @@ __all__ = [
     "geglu_joined",
     "layer_norm",
     "linear_cross_entropy",
+    "linear_log_prob",
     "qk_norm_rotary",
     "rms_norm",
     "rotary",

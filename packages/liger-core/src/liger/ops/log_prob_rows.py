@@ -1,0 +1,269 @@
+r"""The rows of linear_log_prob: from logits and labels to log-probabilities and entropies, and back to gradients.
+
+For one row x of V logits with label t, s = softcap and T = temperature:
+
+    z        = s · tanh(logit_scale · x / s) / T                z = logit_scale · x / T without a softcap
+    m        = max_j z_j               a = log Σ_j exp(z_j − m)               p_j = exp(z_j − m − a)
+    log_prob = (z_t − m) − a           gap = Σ_j p_j (m − z_j)                entropy = a + gap
+    is_top1  = no class has a larger logit, and none before t the same
+
+With the upstream gradients g of log_prob and h of entropy:
+
+    dz_j     = g [j = t] − p_j (g + h (log p_j + entropy)) = g [j = t] − p_j (g + h (gap + z_j − m))
+    dx_j     = logit_scale / T · (1 − (T z_j / s)²) · dz_j
+
+All of it runs in fp32 (the reference on fp64: in fp64), and dx is rounded once. m, a and gap are kept apart: near
+certainty, log p_t and the entropy have digits that a sum with m would have lost; a and gap are never negative.
+
+One kernel reads each logit once, for everything that forward returns. The other reads it once more, and writes the
+gradient in its place.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from liger.ops.launch import jit, launch, runs_kernels, tl
+from liger.ops.loss_rows import Options, _capped, _reference_z, _tile
+
+_FAR = -1e4  # exp of it is 0 in every dtype, and 0 · it is 0, where 0 · -inf would be NaN
+
+
+def _reference_measure(
+    logits: Tensor, target: Tensor, options: Options, temperature: float, log_prob: Tensor, entropy: Tensor,
+    is_top1: Tensor, statistics: Tensor,
+) -> None:  # fmt: skip
+    """`measure_rows` in plain torch."""
+    counts = target != options.ignore_index
+    label = torch.where(counts, target, 0).long()[:, None]
+    largest = (logits if options.logit_scale >= 0 else -logits).argmax(-1)  # the first of equals
+    z = _reference_z(logits, options) / temperature
+    top = z.amax(-1)
+    log_prob.copy_(z.gather(-1, label)[:, 0] - top)
+    below = (z - top[:, None]).clamp_(min=_FAR)
+    exponential = below.exp()
+    total = exponential.sum(-1)
+    above = total.log()
+    gap = -exponential.mul_(below).sum(-1) / total
+    statistics.copy_(torch.stack((top, above, gap), -1))
+    log_prob.sub_(above).masked_fill_(~counts, 0.0)
+    entropy.copy_(torch.where(counts, above + gap, 0.0))
+    is_top1.copy_((largest == label[:, 0]) & counts)
+
+
+def _reference_differentiate(
+    logits: Tensor, target: Tensor, options: Options, temperature: float, statistics: Tensor,
+    log_prob_gradient: Tensor | None, entropy_gradient: Tensor | None,
+) -> None:  # fmt: skip
+    """`differentiate_rows` in plain torch."""
+    counts = target != options.ignore_index
+    label = torch.where(counts, target, 0).long()[:, None]
+    capped = _reference_z(logits, options)
+    top, above, gap = statistics.unbind(-1)
+    below = (capped / temperature - top[:, None]).clamp_(min=_FAR)
+    zero = torch.zeros_like(top)
+    g = zero if log_prob_gradient is None else log_prob_gradient
+    h = zero if entropy_gradient is None else entropy_gradient
+    dx = (below - above[:, None]).exp_()
+    dx *= (g + h * gap)[:, None] if entropy_gradient is None else below.add_(gap[:, None]).mul_(h[:, None]) + g[:, None]
+    dx.neg_().scatter_add_(-1, label, g[:, None])
+    if options.softcap is not None:
+        dx *= 1 - (capped / options.softcap).square()
+    logits.copy_(dx.mul_(options.logit_scale / temperature).masked_fill_(~counts[:, None], 0.0))
+
+
+@jit(varying=())
+def _fold(
+    logits, column, columns, label, x_label, peak, total, gap, beaten, logit_scale, softcap, coldness,
+    HAS_SCALE: tl.constexpr, HAS_SOFTCAP: tl.constexpr, IS_REVERSED: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Take a tile into every lane's maximum, and its sums relative to it; and whether it beats the label."""
+    inside = column < columns if MASKED else None
+    x = tl.load(logits + column, mask=inside, other=0.0 if MASKED else None, eviction_policy="evict_first")
+    x = x.to(tl.float32)
+    z = _capped(x, logit_scale, softcap, HAS_SCALE, HAS_SOFTCAP) * coldness
+    larger = x < x_label if IS_REVERSED else x > x_label
+    beats = larger | ((x == x_label) & (column < label))
+    if MASKED:
+        beats = beats & inside
+        z = tl.where(inside, z, float("-inf"))
+    beaten = tl.maximum(beaten, tl.max(beats.to(tl.int32), axis=0))
+    higher = tl.maximum(peak, tl.max(z, axis=0))
+    below = z - higher[None, :]
+    below = tl.where(below < -1e4, -1e4, below)  # 0 · -inf would be NaN; a NaN stays one
+    exponential = tl.exp(below)
+    risen = tl.minimum(higher - peak, 1e4)
+    decay = tl.exp(-risen)
+    gap = decay * (gap + risen * total) - tl.sum(exponential * below, axis=0)
+    return higher, decay * total + tl.sum(exponential, axis=0), gap, beaten
+
+
+@jit(varying=("target", "log_prob", "entropy", "is_top1", "statistics", "rows", "ignore_index"))
+def _measure_kernel(
+    logits, target, log_prob, entropy, is_top1, statistics, logits_stride, rows, columns, ignore_index, softcap,
+    logit_scale, coldness, HAS_SCALE: tl.constexpr, HAS_SOFTCAP: tl.constexpr, IS_REVERSED: tl.constexpr,
+    DEPTH: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    tile = tl.arange(0, DEPTH)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
+    whole = columns // (DEPTH * WIDTH) * (DEPTH * WIDTH)  # up to here no tile needs a mask
+    # inductor hands floats over in fp64
+    softcap, logit_scale = tl.full((), softcap, tl.float32), tl.full((), logit_scale, tl.float32)
+    coldness = tl.full((), coldness, tl.float32)
+
+    for row in range(tl.program_id(0).to(tl.int64), rows, tl.num_programs(0)):
+        row_logits = logits + row * logits_stride
+        label = tl.load(target + row)
+        if label == ignore_index:
+            tl.store(log_prob + row, 0.0)
+            tl.store(entropy + row, 0.0)
+            tl.store(is_top1 + row, False)
+            for i in tl.static_range(3):
+                tl.store(statistics + 3 * row + i, 0.0)
+        else:
+            is_label = (label >= 0) & (label < columns)
+            if not is_label:
+                tl.device_print("liger: label out of range, its log-probability is NaN: ", label)
+            x_label = tl.load(row_logits + label, mask=is_label, other=float("nan")).to(tl.float32)
+            label = label.to(tl.int32)
+            # Each of WIDTH lanes keeps its own sums, as in `loss_rows`. The first maximum is finite, so that a lane of
+            # -inf stays 0, not NaN.
+            peak = tl.full((WIDTH,), -3.4028234663852886e38, dtype=tl.float32)
+            total = tl.zeros((WIDTH,), dtype=tl.float32)
+            gap = tl.zeros((WIDTH,), dtype=tl.float32)
+            beaten = tl.zeros((WIDTH,), dtype=tl.int32)
+            for first in range(0, whole, DEPTH * WIDTH):
+                peak, total, gap, beaten = _fold(
+                    row_logits, first + tile, columns, label, x_label, peak, total, gap, beaten, logit_scale, softcap,
+                    coldness, HAS_SCALE, HAS_SOFTCAP, IS_REVERSED, MASKED=False,
+                )  # fmt: skip
+            if whole < columns:
+                peak, total, gap, beaten = _fold(
+                    row_logits, whole + tile, columns, label, x_label, peak, total, gap, beaten, logit_scale, softcap,
+                    coldness, HAS_SCALE, HAS_SOFTCAP, IS_REVERSED, MASKED=True,
+                )  # fmt: skip
+            top = tl.max(peak, axis=0)
+            risen = tl.minimum(top - peak, 1e4)
+            decay = tl.exp(-risen)
+            whole_sum = tl.sum(decay * total, axis=0)
+            mean_gap = tl.sum(decay * (gap + risen * total), axis=0) / whole_sum
+            above = tl.log(whole_sum)
+            below = _capped(x_label, logit_scale, softcap, HAS_SCALE, HAS_SOFTCAP) * coldness - top
+            # A compiler may round z twice in different ways: neither may have the wrong sign for it.
+            tl.store(log_prob + row, tl.where(below > above, 0.0, below - above))
+            tl.store(entropy + row, tl.where(above + mean_gap < 0.0, 0.0, above + mean_gap))
+            tl.store(is_top1 + row, (tl.max(beaten, axis=0) == 0) & is_label)
+            tl.store(statistics + 3 * row, top)
+            tl.store(statistics + 3 * row + 1, above)
+            tl.store(statistics + 3 * row + 2, mean_gap)
+
+
+@jit(varying=())
+def _differentiate(
+    logits, column, columns, label, top, above, gap, g, h, logit_scale, softcap, coldness, HAS_SCALE: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr, HAS_LOG_PROB: tl.constexpr, HAS_ENTROPY: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Put the gradient of a tile in the place of its logits."""
+    inside = column < columns if MASKED else None
+    x = tl.load(logits + column, mask=inside, other=0.0 if MASKED else None, eviction_policy="evict_first")
+    capped = _capped(x, logit_scale, softcap, HAS_SCALE, HAS_SOFTCAP)
+    below = capped * coldness - top
+    slope = tl.zeros_like(below)
+    if HAS_LOG_PROB:
+        slope += g
+    if HAS_ENTROPY:
+        slope += h * (gap + tl.where(below < -1e4, -1e4, below))  # as in `_fold`
+    dx = -tl.exp(below - above) * slope
+    if HAS_LOG_PROB:
+        dx += tl.where(column == label, g, 0.0)
+    dx *= logit_scale * coldness
+    if HAS_SOFTCAP:
+        dx *= 1.0 - (capped / softcap) * (capped / softcap)
+    tl.store(logits + column, dx.to(logits.dtype.element_ty), mask=inside, eviction_policy="evict_first")
+
+
+@jit(
+    varying=(
+        "target", "statistics", "log_prob_gradient", "entropy_gradient", "log_prob_stride", "entropy_stride", "rows",
+        "ignore_index",
+    )
+)  # fmt: skip
+def _differentiate_kernel(
+    logits, target, statistics, log_prob_gradient, entropy_gradient, logits_stride, log_prob_stride, entropy_stride,
+    rows, columns, ignore_index, softcap, logit_scale, coldness, HAS_SCALE: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+    HAS_LOG_PROB: tl.constexpr, HAS_ENTROPY: tl.constexpr, DEPTH: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    tile = tl.arange(0, DEPTH)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
+    whole = columns // (DEPTH * WIDTH) * (DEPTH * WIDTH)
+    softcap, logit_scale = tl.full((), softcap, tl.float32), tl.full((), logit_scale, tl.float32)
+    coldness = tl.full((), coldness, tl.float32)
+
+    for row in range(tl.program_id(0).to(tl.int64), rows, tl.num_programs(0)):
+        row_logits = logits + row * logits_stride
+        label = tl.load(target + row)
+        if label == ignore_index:
+            zeros = tl.zeros((DEPTH, WIDTH), dtype=logits.dtype.element_ty)
+            for first in range(0, columns, DEPTH * WIDTH):
+                tl.store(row_logits + first + tile, zeros, mask=first + tile < columns)
+        else:
+            top = tl.load(statistics + 3 * row)
+            above = tl.load(statistics + 3 * row + 1)
+            gap = tl.load(statistics + 3 * row + 2)
+            g, h = 0.0, 0.0
+            if HAS_LOG_PROB:
+                g = tl.load(log_prob_gradient + row * log_prob_stride)
+                g = tl.where((label >= 0) & (label < columns), g, float("nan"))
+            label = label.to(tl.int32)
+            if HAS_ENTROPY:
+                h = tl.load(entropy_gradient + row * entropy_stride)
+            for first in range(0, whole, DEPTH * WIDTH):
+                _differentiate(
+                    row_logits, first + tile, columns, label, top, above, gap, g, h, logit_scale, softcap, coldness,
+                    HAS_SCALE, HAS_SOFTCAP, HAS_LOG_PROB, HAS_ENTROPY, MASKED=False,
+                )  # fmt: skip
+            if whole < columns:
+                _differentiate(
+                    row_logits, whole + tile, columns, label, top, above, gap, g, h, logit_scale, softcap, coldness,
+                    HAS_SCALE, HAS_SOFTCAP, HAS_LOG_PROB, HAS_ENTROPY, MASKED=True,
+                )  # fmt: skip
+
+
+def measure_rows(
+    logits: Tensor, target: Tensor, options: Options, temperature: float, log_prob: Tensor, entropy: Tensor,
+    is_top1: Tensor, statistics: Tensor,
+) -> None:  # fmt: skip
+    """Write what forward returns, (M,) each, and the m, a and gap of every row, (M, 3), contiguous.
+
+    logits: (M, V), rows any stride apart. Of `options`, label_smoothing and z_loss have no meaning here.
+    """
+    rows, columns = logits.shape
+    if not runs_kernels(logits):
+        _reference_measure(logits, target, options, temperature, log_prob, entropy, is_top1, statistics)
+        return
+    depth, width, warps = _tile(columns, logits.element_size())
+    launch(
+        _measure_kernel, (rows,), logits, target, log_prob, entropy, is_top1, statistics, logits.stride(0), rows,
+        columns, options.ignore_index, options.softcap or 1.0, options.logit_scale, 1 / temperature,
+        HAS_SCALE=options.logit_scale != 1, HAS_SOFTCAP=options.softcap is not None,
+        IS_REVERSED=options.logit_scale < 0, DEPTH=depth, WIDTH=width, num_warps=warps,
+    )  # fmt: skip
+
+
+def differentiate_rows(
+    logits: Tensor, target: Tensor, options: Options, temperature: float, statistics: Tensor,
+    log_prob_gradient: Tensor | None, entropy_gradient: Tensor | None,
+) -> None:  # fmt: skip
+    """Overwrite (M, V) logits with their gradient, from `statistics` and the upstream gradients, (M,), any stride."""
+    rows, columns = logits.shape
+    if not runs_kernels(logits):
+        _reference_differentiate(logits, target, options, temperature, statistics, log_prob_gradient, entropy_gradient)
+        return
+    depth, width, warps = _tile(columns, logits.element_size())
+    launch(
+        _differentiate_kernel, (rows,), logits, target, statistics, log_prob_gradient, entropy_gradient,
+        logits.stride(0), 0 if log_prob_gradient is None else log_prob_gradient.stride(0),
+        0 if entropy_gradient is None else entropy_gradient.stride(0), rows, columns, options.ignore_index,
+        options.softcap or 1.0, options.logit_scale, 1 / temperature, HAS_SCALE=options.logit_scale != 1,
+        HAS_SOFTCAP=options.softcap is not None, HAS_LOG_PROB=log_prob_gradient is not None,
+        HAS_ENTROPY=entropy_gradient is not None, DEPTH=depth, WIDTH=width, num_warps=warps,
+    )  # fmt: skip
