@@ -10,7 +10,6 @@ depends on, and starts it directly the next time.
 
 from __future__ import annotations
 
-import functools
 import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -41,14 +40,16 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 _MOST_VARIANTS = 4096  # of strides that change with every batch, say: a new one is then found by Triton again
 
 _varying: dict[int, tuple[int, ...]] = {}  # by id: a kernel's own hash is that of its source
+_registers: dict[int, int] = {}
 _variants: dict[tuple[Any, ...], Any] = {}
 
 
-def jit(*, varying: tuple[str, ...]) -> Callable[[Callable[..., None]], Any]:
+def jit(*, varying: tuple[str, ...], registers: int | None = None) -> Callable[[Callable[..., None]], Any]:
     """`triton.jit`, or nothing where there is no Triton and nothing will launch the kernel.
 
     `varying` names the arguments that change from batch to batch (row counts, mostly): Triton must not compile a
-    variant for values of them that are 1 or divisible by 16.
+    variant for values of them that are 1 or divisible by 16. `registers` is how many a thread may have on an NVIDIA GPU,
+    for a kernel that is faster when more of its programs fit a multiprocessor.
     """
 
     def decorate(function: Callable[..., None]) -> Any:
@@ -56,6 +57,8 @@ def jit(*, varying: tuple[str, ...]) -> Callable[[Callable[..., None]], Any]:
             return function
         kernel = triton.jit(do_not_specialize=varying)(function)
         _varying[id(kernel)] = tuple(at for at, name in enumerate(kernel.arg_names) if name in varying)
+        if registers is not None and torch.version.cuda is not None:
+            _registers[id(kernel)] = registers
         return kernel
 
     return decorate
@@ -112,7 +115,9 @@ def _launch_here(
     if variant is not None:
         variant[(grid[0], 1, 1)](*started)
         return
-    variant = kernel[grid](*args, **constexprs, num_warps=num_warps)
+    registers = _registers.get(id(kernel))
+    most = {} if registers is None else {"maxnreg": registers}
+    variant = kernel[grid](*args, **constexprs, num_warps=num_warps, **most)
     if any(isinstance(arg, Tensor) for arg in args[at:]):
         raise TypeError(f"{kernel.__name__}: a tensor comes after {kernel.arg_names[at]}, which is a number")
     if kernel.arg_names[len(args) :] != list(constexprs):
@@ -123,14 +128,9 @@ def _launch_here(
         _variants[known] = variant
 
 
-@functools.lru_cache
-def _sm_count_of(index: int) -> int:
-    return torch.cuda.get_device_properties(index).multi_processor_count
-
-
 def sm_count(x: Tensor) -> int:
     """Streaming multiprocessors of the device of `x`; 4 in the interpreter, which runs programs one by one."""
-    return _sm_count_of(x.device.index) if x.is_cuda else 4
+    return torch.cuda.get_device_properties(x.device.index).multi_processor_count if x.is_cuda else 4
 
 
 def next_power_of_2(n: int) -> int:

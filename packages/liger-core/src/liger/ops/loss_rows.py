@@ -159,9 +159,12 @@ def _differentiate(
     tl.store(gradient + column, dx.to(gradient.dtype.element_ty), mask=there, eviction_policy="evict_first")
 
 
-@jit(varying=("target", "upstream", "denominator", "loss", "lse", "upstream_stride", "rows", "ignore_index"))
+@jit(
+    varying=("target", "upstream", "denominator", "loss", "lse", "upstream_stride", "ignore_index"),
+    registers=64,  # so that 32 warps fit a multiprocessor
+)
 def _rows_kernel(
-    logits, target, upstream, denominator, loss, lse, gradient, logits_stride, gradient_stride, upstream_stride, rows,
+    logits, target, upstream, denominator, loss, lse, gradient, logits_stride, gradient_stride, upstream_stride,
     columns, padded, ignore_index, label_smoothing, z_loss, softcap, logit_scale, HAS_SMOOTHING: tl.constexpr,
     HAS_SCALE: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_UPSTREAM: tl.constexpr, HAS_DENOMINATOR: tl.constexpr,
     LSE_IS_KNOWN: tl.constexpr, WRITES_GRADIENT: tl.constexpr, IS_PART: tl.constexpr, DEPTH: tl.constexpr,
@@ -175,83 +178,84 @@ def _rows_kernel(
     label_smoothing, z_loss = tl.full((), label_smoothing, tl.float32), tl.full((), z_loss, tl.float32)
     softcap, logit_scale = tl.full((), softcap, tl.float32), tl.full((), logit_scale, tl.float32)
 
-    for row in range(tl.program_id(0).to(tl.int64), rows, tl.num_programs(0)):
-        row_logits = logits + row * logits_stride
-        row_gradient = gradient + row * gradient_stride
-        label = tl.load(target + row)
-        if label == ignore_index:
-            if not LSE_IS_KNOWN:
-                tl.store(loss + row, 0.0)
-                tl.store(lse + 2 * row, 0.0)
-                tl.store(lse + 2 * row + 1, 0.0)
-            if WRITES_GRADIENT:
-                zeros = tl.zeros((DEPTH, WIDTH), dtype=gradient.dtype.element_ty)
-                for first in range(0, columns, DEPTH * WIDTH):
-                    tl.store(row_gradient + first + tile, zeros, mask=first + tile < columns)
+    row = tl.program_id(0).to(tl.int64)
+    row_logits = logits + row * logits_stride
+    row_gradient = gradient + row * gradient_stride
+    label = tl.load(target + row)
+    if label == ignore_index:
+        if not LSE_IS_KNOWN:
+            tl.store(loss + row, 0.0)
+            tl.store(lse + 2 * row, 0.0)
+            tl.store(lse + 2 * row + 1, 0.0)
+        if WRITES_GRADIENT:
+            zeros = tl.zeros((DEPTH, WIDTH), dtype=gradient.dtype.element_ty)
+            for first in range(0, columns, DEPTH * WIDTH):
+                tl.store(row_gradient + first + tile, zeros, mask=first + tile < columns)
+    else:
+        is_label = (label >= 0) & (label < columns)
+        if not (IS_PART or is_label):
+            tl.device_print("liger: label out of range, its loss is NaN: ", label)
+        z_label = tl.load(row_logits + label, mask=is_label, other=0.0)
+        z_label = _capped(z_label, logit_scale, softcap, HAS_SCALE, HAS_SOFTCAP)
+
+        if LSE_IS_KNOWN:
+            top = tl.load(lse + 2 * row)
+            above = tl.load(lse + 2 * row + 1)
+            tl.debug_barrier()  # every warp has read the label's logit before another writes its gradient there
         else:
-            is_label = (label >= 0) & (label < columns)
-            if not (IS_PART or is_label):
-                tl.device_print("liger: label out of range, its loss is NaN: ", label)
-            z_label = tl.load(row_logits + label, mask=is_label, other=0.0)
-            z_label = _capped(z_label, logit_scale, softcap, HAS_SCALE, HAS_SOFTCAP)
+            # Each of WIDTH lanes keeps its own maximum and sum, over DEPTH elements that one thread holds: no
+            # exchange between threads until the row is read. The first maximum is finite, so that a lane of -inf
+            # stays 0, not NaN.
+            peak = tl.full((WIDTH,), -3.4028234663852886e38, dtype=tl.float32)
+            total = tl.zeros((WIDTH,), dtype=tl.float32)
+            z_sum = tl.zeros((WIDTH,), dtype=tl.float32)
+            for first in range(0, whole, DEPTH * WIDTH):
+                peak, total, z_sum = _fold(
+                    row_logits, first + tile, columns, padded, peak, total, z_sum, logit_scale, softcap,
+                    HAS_SMOOTHING, HAS_SCALE, HAS_SOFTCAP, MASKED=False,
+                )  # fmt: skip
+            if whole < columns:
+                peak, total, z_sum = _fold(
+                    row_logits, whole + tile, columns, padded, peak, total, z_sum, logit_scale, softcap,
+                    HAS_SMOOTHING, HAS_SCALE, HAS_SOFTCAP, MASKED=True,
+                )  # fmt: skip
+            top = tl.max(peak, axis=0)
+            above = tl.log(tl.sum(total * tl.exp(peak - top), axis=0))
+            value = top - z_label + above
+            if HAS_SMOOTHING:
+                mean = tl.sum(z_sum, axis=0) / columns
+                value = (1.0 - label_smoothing) * value + label_smoothing * (top - mean + above)
+            value += z_loss * (top + above) * (top + above)
+            value = z_label if IS_PART else tl.where(is_label, value, float("nan"))
+            tl.store(loss + row, value)
+            tl.store(lse + 2 * row, top)
+            tl.store(lse + 2 * row + 1, above)
 
-            if LSE_IS_KNOWN:
-                top = tl.load(lse + 2 * row)
-                above = tl.load(lse + 2 * row + 1)
-            else:
-                # Each of WIDTH lanes keeps its own maximum and sum, over DEPTH elements that one thread holds: no
-                # exchange between threads until the row is read. The first maximum is finite, so that a lane of -inf
-                # stays 0, not NaN.
-                peak = tl.full((WIDTH,), -3.4028234663852886e38, dtype=tl.float32)
-                total = tl.zeros((WIDTH,), dtype=tl.float32)
-                z_sum = tl.zeros((WIDTH,), dtype=tl.float32)
-                for first in range(0, whole, DEPTH * WIDTH):
-                    peak, total, z_sum = _fold(
-                        row_logits, first + tile, columns, padded, peak, total, z_sum, logit_scale, softcap,
-                        HAS_SMOOTHING, HAS_SCALE, HAS_SOFTCAP, MASKED=False,
-                    )  # fmt: skip
-                if whole < columns:
-                    peak, total, z_sum = _fold(
-                        row_logits, whole + tile, columns, padded, peak, total, z_sum, logit_scale, softcap,
-                        HAS_SMOOTHING, HAS_SCALE, HAS_SOFTCAP, MASKED=True,
-                    )  # fmt: skip
-                top = tl.max(peak, axis=0)
-                above = tl.log(tl.sum(total * tl.exp(peak - top), axis=0))
-                value = top - z_label + above
-                if HAS_SMOOTHING:
-                    mean = tl.sum(z_sum, axis=0) / columns
-                    value = (1.0 - label_smoothing) * value + label_smoothing * (top - mean + above)
-                value += z_loss * (top + above) * (top + above)
-                value = z_label if IS_PART else tl.where(is_label, value, float("nan"))
-                tl.store(loss + row, value)
-                tl.store(lse + 2 * row, top)
-                tl.store(lse + 2 * row + 1, above)
-
-            if WRITES_GRADIENT:
-                factor = logit_scale if IS_PART else tl.where(is_label, logit_scale, float("nan"))
-                if HAS_UPSTREAM:
-                    factor *= tl.load(upstream + row * upstream_stride).to(tl.float32)
-                if HAS_DENOMINATOR:
-                    factor /= tl.load(denominator).to(tl.float32)
-                gain = 1.0 + 2.0 * z_loss * (top + above)
-                slope = tl.exp(-above) * gain * factor
-                uniform = label_smoothing / columns * factor
-                # Backwards: what was read last is still in the L2 cache, even where the row as a whole is not.
-                if whole < columns:
-                    _differentiate(
-                        row_logits, row_gradient, whole + tile, padded, top, slope, uniform, logit_scale, softcap,
-                        HAS_SMOOTHING, HAS_SCALE, HAS_SOFTCAP, MASKED=True,
-                    )  # fmt: skip
-                for done in range(0, whole, DEPTH * WIDTH):
-                    _differentiate(
-                        row_logits, row_gradient, whole - done - DEPTH * WIDTH + tile, padded, top, slope, uniform,
-                        logit_scale, softcap, HAS_SMOOTHING, HAS_SCALE, HAS_SOFTCAP, MASKED=False,
-                    )  # fmt: skip
-                dz = tl.exp(z_label - top - above) * gain - label_smoothing / columns - (1.0 - label_smoothing)
-                if HAS_SOFTCAP:
-                    dz *= 1.0 - (z_label / softcap) * (z_label / softcap)
-                tl.debug_barrier()  # the label's element has been written with its tile
-                tl.store(row_gradient + label, (dz * factor).to(gradient.dtype.element_ty), mask=is_label)
+        if WRITES_GRADIENT:
+            factor = logit_scale if IS_PART else tl.where(is_label, logit_scale, float("nan"))
+            if HAS_UPSTREAM:
+                factor *= tl.load(upstream + row * upstream_stride).to(tl.float32)
+            if HAS_DENOMINATOR:
+                factor /= tl.load(denominator).to(tl.float32)
+            gain = 1.0 + 2.0 * z_loss * (top + above)
+            slope = tl.exp(-above) * gain * factor
+            uniform = label_smoothing / columns * factor
+            # Backwards: what was read last is still in the L2 cache, even where the row as a whole is not.
+            if whole < columns:
+                _differentiate(
+                    row_logits, row_gradient, whole + tile, padded, top, slope, uniform, logit_scale, softcap,
+                    HAS_SMOOTHING, HAS_SCALE, HAS_SOFTCAP, MASKED=True,
+                )  # fmt: skip
+            for done in range(0, whole, DEPTH * WIDTH):
+                _differentiate(
+                    row_logits, row_gradient, whole - done - DEPTH * WIDTH + tile, padded, top, slope, uniform,
+                    logit_scale, softcap, HAS_SMOOTHING, HAS_SCALE, HAS_SOFTCAP, MASKED=False,
+                )  # fmt: skip
+            dz = tl.exp(z_label - top - above) * gain - label_smoothing / columns - (1.0 - label_smoothing)
+            if HAS_SOFTCAP:
+                dz *= 1.0 - (z_label / softcap) * (z_label / softcap)
+            tl.debug_barrier()  # the label's element has been written with its tile
+            tl.store(row_gradient + label, (dz * factor).to(gradient.dtype.element_ty), mask=is_label)
 
 
 def _tile(columns: int, itemsize: int) -> tuple[int, int, int]:
@@ -292,7 +296,7 @@ def fill_rows(
     output = logits if gradient is None else gradient
     launch(
         _rows_kernel, (rows,), logits, target, upstream, denominator, loss, lse, output, logits.stride(0),
-        output.stride(0), upstream.stride(0) if upstream is not None and upstream.dim() else 0, rows, columns,
+        output.stride(0), upstream.stride(0) if upstream is not None and upstream.dim() else 0, columns,
         columns if padded is None else padded, options.ignore_index,
         options.label_smoothing, options.z_loss, options.softcap or 1.0, options.logit_scale,
         HAS_SMOOTHING=options.label_smoothing != 0, HAS_SCALE=options.logit_scale != 1,
