@@ -78,7 +78,7 @@ def upstream_of(reduction, rows, device):
 @pytest.fixture
 def small_tiles(monkeypatch):
     """A row of a few hundred columns then takes several tiles, the last not full."""
-    monkeypatch.setattr(loss_rows, "_tile", lambda columns, itemsize: (2, 64, 1))
+    monkeypatch.setattr(loss_rows, "tile_of", lambda columns, itemsize: (2, 64, 1))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -33,7 +33,7 @@ def _kernel(partial, out, out2, rows, columns, BLOCK_ROWS: tl.constexpr, BLOCK_C
 
 
 def column_sums(partial: Tensor, *dtypes: torch.dtype) -> list[Tensor]:
-    """The sums over the first dimension of `partial`, (P, N) or (P, 2, N) in fp32, rounded once: (N,) for each dtype."""
+    """The sums over the first dimension of `partial`, (P, N) or (P, 2, N) in fp32, rounded once: (N,) for each."""
     rows, columns = partial.shape[0], partial.shape[-1]
     outs = [partial.new_empty(columns, dtype=dtype) for dtype in dtypes]
     launch(

@@ -48,8 +48,8 @@ def jit(*, varying: tuple[str, ...], registers: int | None = None) -> Callable[[
     """`triton.jit`, or nothing where there is no Triton and nothing will launch the kernel.
 
     `varying` names the arguments that change from batch to batch (row counts, mostly): Triton must not compile a
-    variant for values of them that are 1 or divisible by 16. `registers` is how many a thread may have on an NVIDIA GPU,
-    for a kernel that is faster when more of its programs fit a multiprocessor.
+    variant for values of them that are 1 or divisible by 16. `registers` is how many a thread may have on an NVIDIA
+    GPU, for a kernel that is faster when more of its programs fit a multiprocessor.
     """
 
     def decorate(function: Callable[..., None]) -> Any:

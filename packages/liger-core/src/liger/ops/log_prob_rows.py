@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from liger.ops.launch import jit, launch, runs_kernels, tl
-from liger.ops.loss_rows import Options, _capped, _reference_z, _tile
+from liger.ops.loss_rows import Options, capped_logits, reference_z, tile_of
 
 _FAR = -1e4  # exp of it is 0 in every dtype, and 0 · it is 0, where 0 · -inf would be NaN
 
@@ -38,7 +38,7 @@ def _reference_measure(
     counts = target != options.ignore_index
     label = torch.where(counts, target, 0).long()[:, None]
     largest = (logits if options.logit_scale >= 0 else -logits).argmax(-1)  # the first of equals
-    z = _reference_z(logits, options) / temperature
+    z = reference_z(logits, options) / temperature
     top = z.amax(-1)
     log_prob.copy_(z.gather(-1, label)[:, 0] - top)
     below = (z - top[:, None]).clamp_(min=_FAR)
@@ -59,7 +59,7 @@ def _reference_differentiate(
     """`differentiate_rows` in plain torch."""
     counts = target != options.ignore_index
     label = torch.where(counts, target, 0).long()[:, None]
-    capped = _reference_z(logits, options)
+    capped = reference_z(logits, options)
     top, above, gap = statistics.unbind(-1)
     below = (capped / temperature - top[:, None]).clamp_(min=_FAR)
     zero = torch.zeros_like(top)
@@ -82,7 +82,7 @@ def _fold(
     inside = column < columns if MASKED else None
     x = tl.load(logits + column, mask=inside, other=0.0 if MASKED else None, eviction_policy="evict_first")
     x = x.to(tl.float32)
-    z = _capped(x, logit_scale, softcap, HAS_SCALE, HAS_SOFTCAP) * coldness
+    z = capped_logits(x, logit_scale, softcap, HAS_SCALE, HAS_SOFTCAP) * coldness
     larger = x < x_label if IS_REVERSED else x > x_label
     beats = larger | ((x == x_label) & (column < label))
     if MASKED:
@@ -99,9 +99,9 @@ def _fold(
     return higher, decay * total + tl.sum(exponential, axis=0), gap, beaten
 
 
-@jit(varying=("target", "log_prob", "entropy", "is_top1", "statistics", "rows", "ignore_index"))
+@jit(varying=("target", "log_prob", "entropy", "is_top1", "statistics", "ignore_index"), registers=64)
 def _measure_kernel(
-    logits, target, log_prob, entropy, is_top1, statistics, logits_stride, rows, columns, ignore_index, softcap,
+    logits, target, log_prob, entropy, is_top1, statistics, logits_stride, columns, ignore_index, softcap,
     logit_scale, coldness, HAS_SCALE: tl.constexpr, HAS_SOFTCAP: tl.constexpr, IS_REVERSED: tl.constexpr,
     DEPTH: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
@@ -111,51 +111,51 @@ def _measure_kernel(
     softcap, logit_scale = tl.full((), softcap, tl.float32), tl.full((), logit_scale, tl.float32)
     coldness = tl.full((), coldness, tl.float32)
 
-    for row in range(tl.program_id(0).to(tl.int64), rows, tl.num_programs(0)):
-        row_logits = logits + row * logits_stride
-        label = tl.load(target + row)
-        if label == ignore_index:
-            tl.store(log_prob + row, 0.0)
-            tl.store(entropy + row, 0.0)
-            tl.store(is_top1 + row, False)
-            for i in tl.static_range(3):
-                tl.store(statistics + 3 * row + i, 0.0)
-        else:
-            is_label = (label >= 0) & (label < columns)
-            if not is_label:
-                tl.device_print("liger: label out of range, its log-probability is NaN: ", label)
-            x_label = tl.load(row_logits + label, mask=is_label, other=float("nan")).to(tl.float32)
-            label = label.to(tl.int32)
-            # Each of WIDTH lanes keeps its own sums, as in `loss_rows`. The first maximum is finite, so that a lane of
-            # -inf stays 0, not NaN.
-            peak = tl.full((WIDTH,), -3.4028234663852886e38, dtype=tl.float32)
-            total = tl.zeros((WIDTH,), dtype=tl.float32)
-            gap = tl.zeros((WIDTH,), dtype=tl.float32)
-            beaten = tl.zeros((WIDTH,), dtype=tl.int32)
-            for first in range(0, whole, DEPTH * WIDTH):
-                peak, total, gap, beaten = _fold(
-                    row_logits, first + tile, columns, label, x_label, peak, total, gap, beaten, logit_scale, softcap,
-                    coldness, HAS_SCALE, HAS_SOFTCAP, IS_REVERSED, MASKED=False,
-                )  # fmt: skip
-            if whole < columns:
-                peak, total, gap, beaten = _fold(
-                    row_logits, whole + tile, columns, label, x_label, peak, total, gap, beaten, logit_scale, softcap,
-                    coldness, HAS_SCALE, HAS_SOFTCAP, IS_REVERSED, MASKED=True,
-                )  # fmt: skip
-            top = tl.max(peak, axis=0)
-            risen = tl.minimum(top - peak, 1e4)
-            decay = tl.exp(-risen)
-            whole_sum = tl.sum(decay * total, axis=0)
-            mean_gap = tl.sum(decay * (gap + risen * total), axis=0) / whole_sum
-            above = tl.log(whole_sum)
-            below = _capped(x_label, logit_scale, softcap, HAS_SCALE, HAS_SOFTCAP) * coldness - top
-            # A compiler may round z twice in different ways: neither may have the wrong sign for it.
-            tl.store(log_prob + row, tl.where(below > above, 0.0, below - above))
-            tl.store(entropy + row, tl.where(above + mean_gap < 0.0, 0.0, above + mean_gap))
-            tl.store(is_top1 + row, (tl.max(beaten, axis=0) == 0) & is_label)
-            tl.store(statistics + 3 * row, top)
-            tl.store(statistics + 3 * row + 1, above)
-            tl.store(statistics + 3 * row + 2, mean_gap)
+    row = tl.program_id(0).to(tl.int64)
+    row_logits = logits + row * logits_stride
+    label = tl.load(target + row)
+    if label == ignore_index:
+        tl.store(log_prob + row, 0.0)
+        tl.store(entropy + row, 0.0)
+        tl.store(is_top1 + row, False)
+        for i in tl.static_range(3):
+            tl.store(statistics + 3 * row + i, 0.0)
+    else:
+        is_label = (label >= 0) & (label < columns)
+        if not is_label:
+            tl.device_print("liger: label out of range, its log-probability is NaN: ", label)
+        x_label = tl.load(row_logits + label, mask=is_label, other=float("nan")).to(tl.float32)
+        place = label.to(tl.int32)
+        # Each of WIDTH lanes keeps its own sums, as in `loss_rows`. The first maximum is finite, so that a lane of
+        # -inf stays 0, not NaN.
+        peak = tl.full((WIDTH,), -3.4028234663852886e38, dtype=tl.float32)
+        total = tl.zeros((WIDTH,), dtype=tl.float32)
+        gap = tl.zeros((WIDTH,), dtype=tl.float32)
+        beaten = tl.zeros((WIDTH,), dtype=tl.int32)
+        for first in range(0, whole, DEPTH * WIDTH):
+            peak, total, gap, beaten = _fold(
+                row_logits, first + tile, columns, place, x_label, peak, total, gap, beaten, logit_scale, softcap,
+                coldness, HAS_SCALE, HAS_SOFTCAP, IS_REVERSED, MASKED=False,
+            )  # fmt: skip
+        if whole < columns:
+            peak, total, gap, beaten = _fold(
+                row_logits, whole + tile, columns, place, x_label, peak, total, gap, beaten, logit_scale, softcap,
+                coldness, HAS_SCALE, HAS_SOFTCAP, IS_REVERSED, MASKED=True,
+            )  # fmt: skip
+        top = tl.max(peak, axis=0)
+        risen = tl.minimum(top - peak, 1e4)
+        decay = tl.exp(-risen)
+        whole_sum = tl.sum(decay * total, axis=0)
+        mean_gap = tl.sum(decay * (gap + risen * total), axis=0) / whole_sum
+        above = tl.log(whole_sum)
+        below = capped_logits(x_label, logit_scale, softcap, HAS_SCALE, HAS_SOFTCAP) * coldness - top
+        # A compiler may round z twice in different ways: neither may have the wrong sign for it.
+        tl.store(log_prob + row, tl.where(below > above, 0.0, below - above))
+        tl.store(entropy + row, tl.where(above + mean_gap < 0.0, 0.0, above + mean_gap))
+        tl.store(is_top1 + row, (tl.max(beaten, axis=0) == 0) & is_label)
+        tl.store(statistics + 3 * row, top)
+        tl.store(statistics + 3 * row + 1, above)
+        tl.store(statistics + 3 * row + 2, mean_gap)
 
 
 @jit(varying=())
@@ -166,7 +166,7 @@ def _differentiate(
     """Put the gradient of a tile in the place of its logits."""
     inside = column < columns if MASKED else None
     x = tl.load(logits + column, mask=inside, other=0.0 if MASKED else None, eviction_policy="evict_first")
-    capped = _capped(x, logit_scale, softcap, HAS_SCALE, HAS_SOFTCAP)
+    capped = capped_logits(x, logit_scale, softcap, HAS_SCALE, HAS_SOFTCAP)
     below = capped * coldness - top
     slope = tl.zeros_like(below)
     if HAS_LOG_PROB:
@@ -184,13 +184,13 @@ def _differentiate(
 
 @jit(
     varying=(
-        "target", "statistics", "log_prob_gradient", "entropy_gradient", "log_prob_stride", "entropy_stride", "rows",
+        "target", "statistics", "log_prob_gradient", "entropy_gradient", "log_prob_stride", "entropy_stride",
         "ignore_index",
     )
 )  # fmt: skip
 def _differentiate_kernel(
     logits, target, statistics, log_prob_gradient, entropy_gradient, logits_stride, log_prob_stride, entropy_stride,
-    rows, columns, ignore_index, softcap, logit_scale, coldness, HAS_SCALE: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+    columns, ignore_index, softcap, logit_scale, coldness, HAS_SCALE: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
     HAS_LOG_PROB: tl.constexpr, HAS_ENTROPY: tl.constexpr, DEPTH: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     tile = tl.arange(0, DEPTH)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
@@ -198,34 +198,34 @@ def _differentiate_kernel(
     softcap, logit_scale = tl.full((), softcap, tl.float32), tl.full((), logit_scale, tl.float32)
     coldness = tl.full((), coldness, tl.float32)
 
-    for row in range(tl.program_id(0).to(tl.int64), rows, tl.num_programs(0)):
-        row_logits = logits + row * logits_stride
-        label = tl.load(target + row)
-        if label == ignore_index:
-            zeros = tl.zeros((DEPTH, WIDTH), dtype=logits.dtype.element_ty)
-            for first in range(0, columns, DEPTH * WIDTH):
-                tl.store(row_logits + first + tile, zeros, mask=first + tile < columns)
-        else:
-            top = tl.load(statistics + 3 * row)
-            above = tl.load(statistics + 3 * row + 1)
-            gap = tl.load(statistics + 3 * row + 2)
-            g, h = 0.0, 0.0
-            if HAS_LOG_PROB:
-                g = tl.load(log_prob_gradient + row * log_prob_stride)
-                g = tl.where((label >= 0) & (label < columns), g, float("nan"))
-            label = label.to(tl.int32)
-            if HAS_ENTROPY:
-                h = tl.load(entropy_gradient + row * entropy_stride)
-            for first in range(0, whole, DEPTH * WIDTH):
-                _differentiate(
-                    row_logits, first + tile, columns, label, top, above, gap, g, h, logit_scale, softcap, coldness,
-                    HAS_SCALE, HAS_SOFTCAP, HAS_LOG_PROB, HAS_ENTROPY, MASKED=False,
-                )  # fmt: skip
-            if whole < columns:
-                _differentiate(
-                    row_logits, whole + tile, columns, label, top, above, gap, g, h, logit_scale, softcap, coldness,
-                    HAS_SCALE, HAS_SOFTCAP, HAS_LOG_PROB, HAS_ENTROPY, MASKED=True,
-                )  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    row_logits = logits + row * logits_stride
+    label = tl.load(target + row)
+    if label == ignore_index:
+        zeros = tl.zeros((DEPTH, WIDTH), dtype=logits.dtype.element_ty)
+        for first in range(0, columns, DEPTH * WIDTH):
+            tl.store(row_logits + first + tile, zeros, mask=first + tile < columns)
+    else:
+        top = tl.load(statistics + 3 * row)
+        above = tl.load(statistics + 3 * row + 1)
+        gap = tl.load(statistics + 3 * row + 2)
+        g, h = 0.0, 0.0
+        if HAS_LOG_PROB:
+            g = tl.load(log_prob_gradient + row * log_prob_stride)
+            g = tl.where((label >= 0) & (label < columns), g, float("nan"))
+        place = label.to(tl.int32)
+        if HAS_ENTROPY:
+            h = tl.load(entropy_gradient + row * entropy_stride)
+        for first in range(0, whole, DEPTH * WIDTH):
+            _differentiate(
+                row_logits, first + tile, columns, place, top, above, gap, g, h, logit_scale, softcap, coldness,
+                HAS_SCALE, HAS_SOFTCAP, HAS_LOG_PROB, HAS_ENTROPY, MASKED=False,
+            )  # fmt: skip
+        if whole < columns:
+            _differentiate(
+                row_logits, whole + tile, columns, place, top, above, gap, g, h, logit_scale, softcap, coldness,
+                HAS_SCALE, HAS_SOFTCAP, HAS_LOG_PROB, HAS_ENTROPY, MASKED=True,
+            )  # fmt: skip
 
 
 def measure_rows(
@@ -240,12 +240,13 @@ def measure_rows(
     if not runs_kernels(logits):
         _reference_measure(logits, target, options, temperature, log_prob, entropy, is_top1, statistics)
         return
-    depth, width, warps = _tile(columns, logits.element_size())
+    depth, width, warps = tile_of(columns, logits.element_size())
     launch(
-        _measure_kernel, (rows,), logits, target, log_prob, entropy, is_top1, statistics, logits.stride(0), rows,
+        _measure_kernel, (rows,), logits, target, log_prob, entropy, is_top1, statistics, logits.stride(0),
         columns, options.ignore_index, options.softcap or 1.0, options.logit_scale, 1 / temperature,
         HAS_SCALE=options.logit_scale != 1, HAS_SOFTCAP=options.softcap is not None,
-        IS_REVERSED=options.logit_scale < 0, DEPTH=depth, WIDTH=width, num_warps=warps,
+        IS_REVERSED=options.logit_scale < 0, DEPTH=max(depth // 2, 1), WIDTH=width,
+        num_warps=warps,
     )  # fmt: skip
 
 
@@ -258,11 +259,11 @@ def differentiate_rows(
     if not runs_kernels(logits):
         _reference_differentiate(logits, target, options, temperature, statistics, log_prob_gradient, entropy_gradient)
         return
-    depth, width, warps = _tile(columns, logits.element_size())
+    depth, width, warps = tile_of(columns, logits.element_size())
     launch(
         _differentiate_kernel, (rows,), logits, target, statistics, log_prob_gradient, entropy_gradient,
         logits.stride(0), 0 if log_prob_gradient is None else log_prob_gradient.stride(0),
-        0 if entropy_gradient is None else entropy_gradient.stride(0), rows, columns, options.ignore_index,
+        0 if entropy_gradient is None else entropy_gradient.stride(0), columns, options.ignore_index,
         options.softcap or 1.0, options.logit_scale, 1 / temperature, HAS_SCALE=options.logit_scale != 1,
         HAS_SOFTCAP=options.softcap is not None, HAS_LOG_PROB=log_prob_gradient is not None,
         HAS_ENTROPY=entropy_gradient is not None, DEPTH=depth, WIDTH=width, num_warps=warps,

@@ -39,7 +39,7 @@ class Options(NamedTuple):
     logit_scale: float
 
 
-def _reference_z(logits: Tensor, options: Options) -> Tensor:
+def reference_z(logits: Tensor, options: Options) -> Tensor:
     """The scaled and capped logits in fp32 (fp64 for fp64); the logits themselves where that changes nothing."""
     z = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if options.logit_scale != 1:
@@ -49,7 +49,7 @@ def _reference_z(logits: Tensor, options: Options) -> Tensor:
 
 def reference_rows(logits: Tensor, target: Tensor, options: Options) -> Tensor:
     """The loss of every row of (M, V) logits in plain, differentiable torch; 0 where the label is ignored."""
-    z, ignored = _reference_z(logits, options), options.ignore_index
+    z, ignored = reference_z(logits, options), options.ignore_index
     loss = F.cross_entropy(
         z, target.long(), ignore_index=ignored, label_smoothing=options.label_smoothing, reduction="none"
     )
@@ -63,7 +63,7 @@ def _reference_fill(
     upstream: Tensor | None, denominator: Tensor | None, part: bool,
 ) -> None:  # fmt: skip
     """`fill_rows` in plain torch, with one temporary of the logits' size: the passes over it are what it costs."""
-    z, smoothing = _reference_z(logits, options), options.label_smoothing
+    z, smoothing = reference_z(logits, options), options.label_smoothing
     counts = target != options.ignore_index
     here = counts & (target >= 0) & (target < logits.shape[-1]) if part else counts
     label = torch.where(here, target, 0).long()[:, None]
@@ -115,7 +115,8 @@ def _tanh(x):
 
 
 @jit(varying=())
-def _capped(x, logit_scale, softcap, HAS_SCALE: tl.constexpr, HAS_SOFTCAP: tl.constexpr):
+def capped_logits(x, logit_scale, softcap, HAS_SCALE: tl.constexpr, HAS_SOFTCAP: tl.constexpr):  # noqa: ANN201
+    """`reference_z`, in a kernel."""
     z = x.to(tl.float32)
     if HAS_SCALE:
         z = z * logit_scale
@@ -132,7 +133,7 @@ def _fold(
     """Take a tile into every lane's maximum, its sum of exponentials relative to it, and its sum."""
     there = column < padded if MASKED else None
     x = tl.load(logits + column, mask=there, other=0.0 if MASKED else None, eviction_policy="evict_last")
-    z = _capped(x, logit_scale, softcap, HAS_SCALE, HAS_SOFTCAP)
+    z = capped_logits(x, logit_scale, softcap, HAS_SCALE, HAS_SOFTCAP)
     if HAS_SMOOTHING:
         z_sum += tl.sum(tl.where(column < columns, z, 0.0) if MASKED else z, axis=0)
     if MASKED:
@@ -149,7 +150,7 @@ def _differentiate(
     """Write the gradient of a tile as if no column of it were the label."""
     there = column < padded if MASKED else None
     x = tl.load(logits + column, mask=there, other=0.0 if MASKED else None, eviction_policy="evict_first")
-    z = _capped(x, logit_scale, softcap, HAS_SCALE, HAS_SOFTCAP)
+    z = capped_logits(x, logit_scale, softcap, HAS_SCALE, HAS_SOFTCAP)
     dx = tl.exp(z - top) * slope
     if HAS_SMOOTHING:
         dx -= uniform
@@ -196,7 +197,7 @@ def _rows_kernel(
         if not (IS_PART or is_label):
             tl.device_print("liger: label out of range, its loss is NaN: ", label)
         z_label = tl.load(row_logits + label, mask=is_label, other=0.0)
-        z_label = _capped(z_label, logit_scale, softcap, HAS_SCALE, HAS_SOFTCAP)
+        z_label = capped_logits(z_label, logit_scale, softcap, HAS_SCALE, HAS_SOFTCAP)
 
         if LSE_IS_KNOWN:
             top = tl.load(lse + 2 * row)
@@ -258,7 +259,7 @@ def _rows_kernel(
             tl.store(row_gradient + label, (dz * factor).to(gradient.dtype.element_ty), mask=is_label)
 
 
-def _tile(columns: int, itemsize: int) -> tuple[int, int, int]:
+def tile_of(columns: int, itemsize: int) -> tuple[int, int, int]:
     """(depth, width, warps) of a tile: 8 neighbouring columns a thread, `depth` times over.
 
     A multiprocessor works on 32 warps: on four rows at once, on two, or on one alone, as many as leave all the rows
@@ -292,7 +293,7 @@ def fill_rows(
     if not runs_kernels(logits):
         _reference_fill(logits, target, options, loss, lse, gradient, upstream, denominator, part)
         return
-    depth, width, warps = _tile(columns, logits.element_size())
+    depth, width, warps = tile_of(columns, logits.element_size())
     output = logits if gradient is None else gradient
     launch(
         _rows_kernel, (rows,), logits, target, upstream, denominator, loss, lse, output, logits.stride(0),
