@@ -60,7 +60,9 @@ def _with_case(cases: list[Record], case: Record) -> list[Record]:
 
 def _versions() -> dict[str, str]:
     found = {"python": platform.python_version()}
-    packages = ("liger-kernel", "nvidia-cutlass-dsl", "cut-cross-entropy", "flash-linear-attention", "quack-kernels")
+    packages = (
+        "liger-kernel", "nvidia-cutlass-dsl", "cut-cross-entropy", "flash-linear-attention", "quack-kernels", "trl",
+    )  # fmt: skip
     for name in ("torch", "triton", "transformers", "liger-core", *packages):
         try:
             found[name] = version(name)

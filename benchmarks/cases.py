@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -25,8 +26,8 @@ class Problem:
     """Tensors that every row sees: weights, cos and sin."""
     wrt: tuple[str, ...]
     """The inputs whose gradients are taken."""
-    upstream: tuple[Tensor, ...] | None
-    """The outputs' gradients, one for each output; None for a loss, whose own is 1."""
+    upstream: tuple[Tensor | None, ...] | None
+    """The outputs' gradients, None for an output that is only looked at; None for a loss, whose own is 1."""
 
     @property
     def inputs(self) -> dict[str, Tensor]:
@@ -121,6 +122,11 @@ def _linear_loss(sizes: Sizes, device: torch.device) -> Problem:
     return Problem(rowed, {"linear_weight": weight}, ("input", "linear_weight"), None)
 
 
+def _linear_per_token(sizes: Sizes, device: torch.device) -> Problem:
+    upstream = (torch.randn(sizes[0], device=device), None)
+    return dataclasses.replace(_linear_loss(sizes, device), upstream=upstream)
+
+
 def _rms_norm(*sizes: int, more: bool = False) -> Case:
     rows, columns = sizes
     return Case(
@@ -196,6 +202,18 @@ def _linear_cross_entropy(*sizes: int) -> Case:
     )  # fmt: skip
 
 
+def _linear_log_prob(*sizes: int) -> Case:
+    rows, hidden, vocabulary = sizes
+    return Case(
+        "linear_log_prob", sizes, (64, 128, 1024), _linear_per_token, peers.LINEAR_LOG_PROB, exact.linear_log_prob,
+        chunk=1024, flops=8 * rows * hidden * vocabulary,  # the logits twice: every token has its own upstream gradient
+    )  # fmt: skip
+
+
+_LINEAR_SHAPES = (
+    (8192, 4096, 128256), (16384, 2048, 128256), (8192, 3584, 152064), (4096, 2304, 256000), (16384, 4096, 32000),
+)  # fmt: skip
+
 CASES: tuple[Case, ...] = (
     _rms_norm(32768, 2048), _rms_norm(16384, 4096), _rms_norm(16384, 3584), _rms_norm(8192, 8192),
     _rms_norm(16384, 5120),
@@ -210,8 +228,7 @@ CASES: tuple[Case, ...] = (
     _rope(4, 4096, 32, 8, 128), _rope(1, 16384, 16, 8, 256),
     _qk_norm_rotary(4, 4096, 32, 8, 128), _qk_norm_rotary(1, 16384, 8, 4, 256),
     _cross_entropy(8192, 128256), _cross_entropy(8192, 32000), _cross_entropy(4096, 262144),
-    _linear_cross_entropy(8192, 4096, 128256), _linear_cross_entropy(16384, 2048, 128256),
-    _linear_cross_entropy(8192, 3584, 152064), _linear_cross_entropy(4096, 2304, 256000),
-    _linear_cross_entropy(16384, 4096, 32000),
+    *(_linear_cross_entropy(*sizes) for sizes in _LINEAR_SHAPES),
+    *(_linear_log_prob(*sizes) for sizes in _LINEAR_SHAPES),
 )  # fmt: skip
 """Every op at its shapes; the first shape of an op is the one that `--quick` takes."""

@@ -39,9 +39,23 @@ def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tens
     return turn(q), turn(k)
 
 
+def linear_log_prob(input: Tensor, linear_weight: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Each target's log-probability, and the entropy."""
+    log_p = (input @ linear_weight.T).log_softmax(-1)
+    return log_p.gather(-1, target[:, None])[:, 0], -(log_p.detach().exp() * log_p.detach()).sum(-1)
+
+
 def as_tuple(output: Any) -> tuple[Tensor, ...]:
     """What an op returned, as a tuple."""
     return output if isinstance(output, tuple) else (output,)
+
+
+def differentiated(
+    outputs: tuple[Tensor, ...], upstream: tuple[Tensor | None, ...]
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """The outputs that have an upstream gradient, and those gradients."""
+    pairs = [(output, given) for output, given in zip(outputs, upstream, strict=True) if given is not None]
+    return tuple(output for output, _ in pairs), tuple(given for _, given in pairs)
 
 
 class _Distance:
@@ -84,7 +98,8 @@ def errors(
             mean.backward()
             loss += float(mean.detach())
         else:
-            torch.autograd.backward(wanted, [up[rows].double() for up in problem.upstream])
+            roots = differentiated(wanted, tuple(None if up is None else up[rows].double() for up in problem.upstream))
+            torch.autograd.backward(*roots)
             for i, want in enumerate(wanted):
                 distances["output" if len(wanted) == 1 else f"output {i}"].add(outputs[i][rows], want)
         for name, leaf in stretch.items():

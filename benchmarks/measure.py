@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.cases import Case, Problem
-from benchmarks.exact import as_tuple, errors
+from benchmarks.exact import as_tuple, differentiated, errors
 
 PROFILED = 8
 """Calls that the profiler sees, for one figure of GPU time."""
@@ -62,14 +62,14 @@ def host_us(function: Callable[..., Any], problems: list[Problem], repeats: int 
     the waking of autograd's thread. The median of several rounds, divided by the number of calls.
     """
     wrt = [problem.inputs[name] for problem in problems for name in problem.wrt]
-    upstream = None if problems[0].upstream is None else [g for problem in problems for g in problem.upstream or ()]
     times = []
     for _ in range(repeats + 2):
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         began = time.perf_counter()
-        outputs = [output for problem in problems for output in as_tuple(function(**problem.inputs))]
-        torch.autograd.grad(outputs, wrt, upstream)
+        roots = [_roots(as_tuple(function(**problem.inputs)), problem) for problem in problems]
+        upstream = None if roots[0][1] is None else [g for _, given in roots for g in given or ()]
+        torch.autograd.grad([output for outputs, _ in roots for output in outputs], wrt, upstream)
         times.append((time.perf_counter() - began) / len(problems))
     return statistics.median(times[2:]) * 1e6
 
@@ -107,10 +107,16 @@ def _problem(case: Case, sizes: tuple[int, ...], device: torch.device) -> Proble
     return problem
 
 
+def _roots(outputs: tuple[Tensor, ...], problem: Problem) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...] | None]:
+    """What is differentiated, and its upstream gradients; a loss has none."""
+    return (outputs, None) if problem.upstream is None else differentiated(outputs, problem.upstream)
+
+
 def _forward_backward(function: Callable[..., Any], problem: Problem) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
     inputs = problem.inputs
     outputs = as_tuple(function(**inputs))
-    return outputs, torch.autograd.grad(outputs, [inputs[name] for name in problem.wrt], problem.upstream)
+    roots, upstream = _roots(outputs, problem)
+    return outputs, torch.autograd.grad(roots, [inputs[name] for name in problem.wrt], upstream)
 
 
 def _errors(function: Callable[..., Any], case: Case, device: torch.device) -> dict[str, float]:

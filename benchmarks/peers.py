@@ -6,9 +6,12 @@ is not installed is left out by name, and one that fails does so where it is rec
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from importlib import import_module
 from importlib.util import find_spec
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -25,6 +28,7 @@ _MODULES: dict[str, tuple[str, ...]] = {
     "cut-cross-entropy": ("cut_cross_entropy",),
     "flash-linear-attention": ("fla", "einops"),
     "quack-kernels": ("quack", "cutlass"),
+    "trl": ("trl",),
     "liger": ("liger",),
 }
 NAMES = tuple(_MODULES)
@@ -84,6 +88,13 @@ def _linear_cross_entropy(input: Tensor, linear_weight: Tensor, target: Tensor) 
     return F.cross_entropy(F.linear(input, linear_weight).float(), target)
 
 
+def _linear_log_prob(input: Tensor, linear_weight: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    log_p = F.log_softmax(F.linear(input, linear_weight), dim=-1, dtype=torch.float32)
+    # As trainers do that only log it: without a graph, some rows at a time.
+    entropy = torch.cat([-(part.exp() * part).sum(-1) for part in log_p.detach().split(1024)])
+    return log_p.gather(-1, target[:, None])[:, 0], entropy
+
+
 def _op(name: str, **options: Any) -> Callable[[], Peer]:
     def load() -> Peer:
         function = getattr(import_module("liger.ops"), name)
@@ -115,6 +126,25 @@ def _cutedsl(name: str, call: Callable[[Peer], Peer]) -> Callable[[], Peer]:
 
 def _from(module: str, name: str, call: Callable[[Peer], Peer]) -> Callable[[], Peer]:
     return lambda: call(getattr(import_module(module), name))
+
+
+def _trl_linear_log_prob() -> Peer:
+    """TRL's fused head with the tile that its trainers give it, asked for what ours returns."""
+    apply = import_module("trl.kernels.chunked_logprob").ChunkedLogProbFunction.apply
+    try:
+        import_module("trl.trainer.utils")
+    except ModuleNotFoundError:
+        # Its backward takes one function from there, which gathers ZeRO-3's parts of a weight and else does nothing.
+        # The rest of that module needs datasets and pandas.
+        utils: Any = ModuleType("trl.trainer.utils")
+        utils.maybe_gather_lm_head_ctx = lambda *parameters: nullcontext()
+        sys.modules[utils.__name__] = utils
+
+    def call(input: Tensor, linear_weight: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        outputs = apply(input, linear_weight, None, target, 1.0, 32768, None, 1.0, ("entropy", "is_top1"))
+        return outputs[0], outputs[1]
+
+    return call
 
 
 def _peers(eager: Peer, **others: Callable[[], Peer]) -> dict[str, Callable[[], Peer]]:
@@ -218,3 +248,8 @@ LINEAR_CROSS_ENTROPY = _peers(
         lambda f: lambda input, linear_weight, target: f(input, linear_weight, target),
     ),
 )  # fmt: skip
+LINEAR_LOG_PROB = _peers(
+    _linear_log_prob,
+    liger=_from("liger.ops", "linear_log_prob", lambda f: lambda **inputs: f(**inputs)[:2]),
+    trl=_trl_linear_log_prob,
+)

@@ -64,7 +64,7 @@ def _floors(axes: Any, cases: list[Case]) -> None:
 def picture(op: str, cases: list[Case], device: str, file: Path) -> None:
     """Write one op's picture."""
     names = [name for name in NAMES if any(name in case["peers"] for case in cases)]
-    with_memory = op == "linear_cross_entropy"
+    with_memory = op.startswith("linear_")
     size = (max(7.0, 1.5 + 0.24 * len(names) * len(cases) + 0.6 * len(cases)), 8.0 if with_memory else 4.5)
     figure, all_axes = plt.subplots(2 if with_memory else 1, 1, figsize=size, squeeze=False, layout="constrained")
     times = all_axes[0][0]

@@ -49,7 +49,7 @@ def _host(record: dict[str, Any] | None) -> str:
 def _ops(results: dict[str, Any], names: list[str]) -> list[str]:
     lines = _head(["op", "shape", "floor", *names], words=2)
     for case in results["cases"]:
-        with_memory = case["op"].endswith("cross_entropy")
+        with_memory = case["op"] in ("cross_entropy", "linear_cross_entropy", "linear_log_prob")
         times = [_time(case["peers"].get(name), with_memory) for name in names]
         lines.append(_row([case["op"], case["shape"], _ms(case["floor_ms"]), *times]))
     return lines

@@ -48,7 +48,8 @@ def test_every_case_has_a_positive_floor_and_its_peers_in_order():
     for case in CASES:
         assert (case.moved > 0) != (case.flops > 0), f"{case.op}: bound by memory or by operations"
         assert list(case.peers) == [name for name in NAMES if name in case.peers]
-        assert {"eager", "compile", "liger-kernel", "liger"} <= case.peers.keys()
+        assert {"eager", "compile", "liger"} <= case.peers.keys()
+        assert case.peers.keys() & {"liger-kernel", "trl"}, f"{case.op}: what its users would install"
 
 
 def test_absent_peers_are_named(monkeypatch):
