@@ -21,7 +21,7 @@ import matplotlib.pyplot as plt
 
 from benchmarks.peers import NAMES
 
-_COLORS = ("#9e9e9e", "#5f6b7a", "#e69f00", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#0047ab")
+_COLORS = ("#9e9e9e", "#5f6b7a", "#e69f00", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#b59f00", "#0047ab")
 COLORS = dict(zip(NAMES, _COLORS, strict=True))
 Case = dict[str, Any]
 
