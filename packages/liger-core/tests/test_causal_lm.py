@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import copy
+import functools
+import pickle
 
 import pytest
 import torch
 from torch import nn
 from transformers import LlamaConfig, modeling_utils
+from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.llama.modeling_llama import LlamaForCausalLM
 
 from liger.adapter import Adapter
 from liger.causal_lm import CausalLM
 from liger.lazy_logits import LazyLogits
 from liger.patch import apply_adapters
-from liger.testing import TINY
+from liger.subclass import head_class, model_class
+from liger.testing import TINY, assert_as_exact_as
+from liger.testing.parity import MODEL_DEPTH, assert_each_as_exact_as, in_fp64
 from liger.testing.tiny import batch, build
 
 ADAPTER = Adapter(modeling="transformers.models.llama.modeling_llama", head=CausalLM("LlamaForCausalLM"))
@@ -54,9 +59,12 @@ def assert_same_loss_and_gradients(pair, **inputs):
         {"num_items_in_batch": 3},
         {"num_items_in_batch": torch.tensor(3)},
         {"num_items_in_batch": torch.tensor([3.0])},
+        {"num_items_in_batch": torch.tensor([3])},
+        {"num_items_in_batch": torch.tensor(3, dtype=torch.int32)},
+        {"num_items_in_batch": torch.tensor(3, dtype=torch.bfloat16)},
         {"num_items_in_batch": torch.tensor(3, dtype=torch.float64)},
         {"logits_to_keep": 0},
-        {"unknown_to_the_loss": 1},
+        {"output_hidden_states": True, "cu_seq_lens_q": torch.tensor([0, 9]), "max_length_q": 9},
     ],
     ids=str,
 )
@@ -67,6 +75,56 @@ def test_options_of_the_loss(device, inputs, loss, extra):
     if "ignore_index" in extra:
         inputs["labels"] = inputs["labels"].masked_fill(inputs["labels"] == -100, extra["ignore_index"])
     assert_same_loss_and_gradients((stock, patched), **inputs, **extra)
+
+
+@pytest.fixture
+def heard(monkeypatch):
+    """What reaches the innermost of transformers' losses as keywords."""
+    from transformers.loss import loss_utils
+
+    heard, own = {}, loss_utils.fixed_cross_entropy
+
+    def listening(*args, **kwargs):
+        heard.update(kwargs)
+        return own(*args, **kwargs)
+
+    monkeypatch.setattr(loss_utils, "fixed_cross_entropy", listening)
+    return heard
+
+
+def test_a_keyword_that_the_fused_loss_does_not_know_reaches_the_models_own(pair, inputs, heard):
+    with pytest.warns(UserWarning, match="does not know label_smoothing, so the model's own runs"):
+        assert_same_loss_and_gradients(pair, **inputs, label_smoothing=0.1)
+    assert heard == {"label_smoothing": 0.1}
+    heard.clear()
+    with pytest.warns(UserWarning, match="does not know label_smoothing"):
+        assert type(pair[1](**inputs, label_smoothing=0.1).logits) is torch.Tensor
+    assert heard == {"label_smoothing": 0.1}
+
+
+def test_a_keyword_that_the_model_itself_gives_its_loss_is_not_dropped(device, inputs, heard):
+    class Smoothing(LlamaForCausalLM):
+        def forward(self, input_ids=None, labels=None, **kwargs):
+            logits = self.lm_head(self.model(input_ids).last_hidden_state)
+            loss = self.loss_function(logits, labels, self.vocab_size, label_smoothing=0.1, **kwargs)
+            return CausalLMOutputWithPast(loss=loss, logits=logits)
+
+    stock = build(Smoothing, LlamaConfig(**TINY), device)
+    patched = copy.deepcopy(stock)
+    spec = CausalLM("Smoothing")
+    patched.lm_head.__class__ = head_class(nn.Linear, spec)
+    patched.__class__ = model_class(Smoothing, spec)
+    assert_same_loss_and_gradients((stock, patched), **inputs)
+    heard.clear()
+    patched(**inputs)
+    assert heard == {"label_smoothing": 0.1}
+
+
+def test_what_every_model_passes_on_disables_nothing(pair, inputs):
+    packed = {"cu_seq_lens_q": torch.tensor([0, 9]), "cu_seq_lens_k": torch.tensor([0, 9]), "seq_idx": None}
+    outputs = pair[1](**inputs, **packed, max_length_q=9, max_length_k=9, is_causal=True, output_hidden_states=True)
+    assert isinstance(outputs.logits, LazyLogits)
+    assert len(outputs.hidden_states) == 3
 
 
 def test_labels_given_by_position(pair, inputs):
@@ -82,6 +140,26 @@ def test_shift_labels_that_keep_some_positions(pair, inputs):
     keep[:, ::2] = True
     shifted = inputs["labels"].roll(-1, -1)[keep]
     assert_same_loss_and_gradients(pair, **inputs, logits_to_keep=keep, shift_labels=shifted)
+
+
+def test_shift_labels_alone_are_no_request_for_a_loss(pair, inputs):
+    for model in pair:
+        assert model(inputs["input_ids"], shift_labels=inputs["labels"]).loss is None
+
+
+def test_packed_sequences(pair, inputs):
+    """Two sequences in one row, told apart by positions that begin again."""
+    ids, labels = inputs["input_ids"].view(1, -1), inputs["labels"].view(1, -1).clone()
+    labels[0, 9] = -100
+    positions = torch.arange(9, device=ids.device).repeat(2).view(1, -1)
+    assert_same_loss_and_gradients(pair, input_ids=ids, labels=labels, position_ids=positions)
+    apart = pair[1](inputs["input_ids"], labels=inputs["labels"].clone()).loss
+    torch.testing.assert_close(pair[1](ids, labels=labels, position_ids=positions, use_cache=False).loss, apart)
+
+
+@pytest.mark.gpu
+def test_a_denominator_on_another_device(pair, inputs):
+    assert_same_loss_and_gradients(pair, **inputs, num_items_in_batch=torch.tensor(3))
 
 
 def test_labels_that_do_not_fit_raise_as_the_models_own_loss_does(pair, inputs):
@@ -145,13 +223,30 @@ def test_backward_twice(pair, inputs):
         torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-6)
 
 
-def test_autocast(pair, inputs, device):
-    with torch.autocast(device.type, torch.bfloat16):
-        stock, patched = (model(**inputs) for model in pair)
-        assert patched.logits.dtype == stock.logits.dtype == torch.bfloat16
-        torch.testing.assert_close(patched.loss, stock.loss, rtol=1e-2, atol=1e-2)
-    patched.loss.backward()
-    assert pair[1].lm_head.weight.grad.dtype == torch.float32
+@pytest.mark.parametrize("bias", [False, True], ids=["no bias", "bias"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("items", [None, torch.tensor(11)], ids=["mean", "items"])
+def test_autocast_with_fp32_master_weights(pair, inputs, device, dtype, bias, items):
+    for model in pair:
+        if bias:
+            model.lm_head.bias = nn.Parameter(torch.linspace(-1, 1, TINY["vocab_size"], device=device))
+    losses = []
+    for model in pair:
+        with torch.autocast(device.type, dtype):
+            outputs = model(**inputs, num_items_in_batch=items)
+            assert outputs.logits.dtype == dtype
+        outputs.loss.backward()
+        losses.append(outputs.loss)
+    exact = in_fp64(pair[0])
+    exact.zero_grad()
+    wanted = exact(**inputs, num_items_in_batch=items).loss
+    wanted.backward()
+    assert losses[1].dtype == torch.float32
+    assert_as_exact_as(losses[1], losses[0], wanted, "loss", depth=MODEL_DEPTH, computed_in=dtype)
+    named = zip(pair[1].named_parameters(), pair[0].parameters(), exact.parameters(), strict=True)
+    gradients = {name: (ours.grad, theirs.grad, e.grad) for (name, ours), theirs, e in named}
+    assert gradients["lm_head.weight"][0].dtype == torch.float32
+    assert_each_as_exact_as(gradients, depth=MODEL_DEPTH, alone_from=None)
 
 
 def test_a_frozen_head_gets_no_gradient(pair, inputs):
@@ -161,6 +256,28 @@ def test_a_frozen_head_gets_no_gradient(pair, inputs):
     assert pair[1].lm_head.weight.grad is None
     for ours, theirs in zip(pair[1].model.parameters(), pair[0].model.parameters(), strict=True):
         torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_a_frozen_head_costs_no_memory_for_a_gradient(pair, inputs, allocations, frozen):
+    patched = pair[1].requires_grad_(False)
+    patched.model.norm.weight.requires_grad_(True)
+    head = patched.lm_head.weight.requires_grad_(not frozen)
+    largest = max(allocations(lambda: patched(**inputs).loss.backward()).sizes)
+    assert (largest < head.numel() * head.element_size()) == frozen
+
+
+def test_an_evaluation_that_wants_the_loss_takes_no_more_than_a_training_forward(pair, device, allocations, chunk_rows):
+    chunk_rows(128)
+    inputs = batch(TINY["vocab_size"], device, rows=48, length=16)
+    logits = inputs["input_ids"].numel() * TINY["vocab_size"] * 4
+    patched = pair[1]
+    training = allocations(lambda: patched(**inputs))
+    with torch.no_grad():
+        evaluation = allocations(lambda: patched.eval()(**inputs).loss)
+        reading = allocations(lambda: patched(**inputs).logits + 0)
+    assert evaluation.peak <= training.peak
+    assert max(evaluation.sizes) < logits <= max(reading.sizes)
 
 
 def test_a_head_wrapped_after_apply_is_heard(pair, inputs):
@@ -180,14 +297,32 @@ def test_a_head_wrapped_after_apply_is_heard(pair, inputs):
     assert_same_loss_and_gradients(pair, **inputs)
 
 
+def of_fsdp(hook):
+    """A hook that gathers and frees a sharded weight, by where it is defined."""
+    hook.__module__ = "torch.distributed.fsdp._fully_shard"
+    return hook
+
+
 def test_a_second_call_of_the_head_gets_logits(pair, inputs):
     """The loss is taken from the first call; whoever calls the head again meets logits."""
     patched = pair[1]
     seen: list[int] = []
-    patched.lm_head.register_forward_hook(lambda m, args, out: seen.append(out.shape[-1]))
+    patched.lm_head.register_forward_hook(of_fsdp(lambda m, args, out: seen.append(out.shape[-1])))
     outputs = patched(**inputs)
     outputs.logits + 0
     assert seen == [0, TINY["vocab_size"]]
+
+
+@pytest.mark.parametrize("kind", ["forward", "full_backward"])
+def test_a_users_hook_on_the_head_sees_logits(pair, inputs, kind):
+    seen: list[torch.Tensor] = []
+    for model in pair:
+        hook = functools.partial(lambda *args: seen.append(args[-1]))
+        getattr(model.lm_head, f"register_{kind}_hook")(hook)
+    with pytest.warns(UserWarning, match="a hook on lm_head wants to see logits"):
+        assert_same_loss_and_gradients(pair, **inputs)
+    stock, patched = (value[0] if isinstance(value, tuple) else value for value in seen)
+    torch.testing.assert_close(patched, stock)
 
 
 def test_an_exception_in_the_forward_leaves_nothing_behind(pair, inputs):
@@ -205,7 +340,55 @@ def test_backward_enters_the_head_through_its_output(pair, inputs):
     def watch(module, args, output):
         output.register_hook(lambda grad: order.append("output"))
 
-    patched.lm_head.register_forward_hook(watch)
+    patched.lm_head.register_forward_hook(of_fsdp(watch))
     patched.lm_head.weight.register_hook(lambda g: order.append("weight"))
     patched(**inputs).loss.backward()
     assert order == ["output", "weight"]
+
+
+def test_without_labels_everything_is_stock_bit_for_bit(pair, inputs):
+    ids = inputs["input_ids"]
+    for train in (True, False):
+        stock, patched = (model.train(train)(ids, logits_to_keep=3) for model in pair)
+        assert type(patched.logits) is torch.Tensor
+        assert torch.equal(patched.logits, stock.logits)
+    stock, patched = (model.generate(ids, max_new_tokens=5, do_sample=False) for model in pair)
+    assert torch.equal(patched, stock)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_an_output_is_what_stock_returns(pair, inputs, training):
+    """As a tuple, indexed, pickled and copied; with the logits of the positions that were asked for."""
+    for model in pair:
+        model.train(training).requires_grad_(training)
+    stock, patched = (model(**inputs, use_cache=False) for model in pair)
+    assert list(patched) == list(stock)
+    for ours, theirs in zip(patched.to_tuple(), stock.to_tuple(), strict=True):
+        torch.testing.assert_close(ours + 0, theirs + 0)
+    loss, logits = pair[1](**inputs, use_cache=False, return_dict=False)
+    torch.testing.assert_close(loss, stock.loss)
+    assert isinstance(logits, LazyLogits)
+    torch.testing.assert_close(logits[..., :-1, :].argmax(-1), stock[1][..., :-1, :].argmax(-1))
+    copied = pickle.loads(pickle.dumps(patched))
+    torch.testing.assert_close(copied.logits, stock.logits)
+    if not training:  # torch copies no tensor that has a graph
+        torch.testing.assert_close(copy.deepcopy(patched).logits, stock.logits)
+
+
+def test_logits_of_the_positions_that_are_kept(pair, inputs):
+    for keep in (4, torch.tensor([1, 3, 4, 7], device=inputs["labels"].device)):
+        shifted = inputs["labels"][:, :4].contiguous()
+        stock, patched = (model(**inputs, logits_to_keep=keep, shift_labels=shifted) for model in pair)
+        assert isinstance(patched.logits, LazyLogits)
+        assert patched.logits.shape == (2, 4, TINY["vocab_size"])
+        torch.testing.assert_close(patched.loss, stock.loss)
+        torch.testing.assert_close(patched.logits + 0, stock.logits)
+
+
+def test_a_loss_of_logits_that_were_read_trains_as_stock_does(pair, inputs):
+    for model in pair:
+        model.zero_grad()
+        outputs = model(**inputs)
+        (outputs.loss + outputs.logits.float().logsumexp(-1).mean()).backward()
+    for ours, theirs in zip(pair[1].parameters(), pair[0].parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-6)

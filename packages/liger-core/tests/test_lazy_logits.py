@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import copy
+import io
 import pickle
 
 import pytest
 import torch
+from torch.utils._pytree import tree_map
 
 from liger.lazy_logits import LazyLogits
+
+
+def saved_and_loaded(value):
+    file = io.BytesIO()
+    torch.save(value, file)
+    file.seek(0)
+    return torch.load(file)
 
 
 @pytest.fixture
@@ -19,9 +28,10 @@ def made():
 
     def compute():
         calls.append(1)
-        return leaf * 2
+        with torch.enable_grad():
+            return leaf * 2
 
-    return LazyLogits(compute, torch.Size((2, 3)), torch.float32, torch.device("cpu")), calls, leaf
+    return LazyLogits(compute, torch.Size((2, 3)), torch.float32, torch.device("cpu"), True), calls, leaf
 
 
 def test_metadata_and_unasked_conversions_compute_nothing(made):
@@ -32,11 +42,40 @@ def test_metadata_and_unasked_conversions_compute_nothing(made):
     assert lazy.size(-1) == 3
     assert (lazy.ndim, lazy.dim(), lazy.numel(), lazy.dtype) == (2, 2, 6, torch.float32)
     assert lazy.device.type == "cpu"
-    assert not lazy.requires_grad
+    assert (len(lazy), lazy.stride(), lazy.is_contiguous()) == (2, (3, 1), True)
     assert lazy.bfloat16().dtype == torch.bfloat16
     assert lazy.detach().float().shape == (2, 3)
+    assert lazy.clone().dtype == torch.float32
     assert "LazyLogits(shape=(2, 3)" in repr(lazy)
+    assert torch.is_floating_point(lazy)
+    assert lazy in {lazy: 1}
     assert not calls
+
+
+def test_wrappers_that_walk_over_outputs_compute_nothing(made):
+    """DDP looks for grad_fn, FSDP hooks what requires gradients; there is no graph yet that they could hook into."""
+    lazy, calls, _ = made
+    assert not lazy.requires_grad
+    assert lazy.grad_fn is None
+    assert lazy.is_leaf
+    for walked in tree_map(lambda t: t.to(torch.bfloat16), {"logits": [lazy]})["logits"]:
+        assert isinstance(walked, LazyLogits)
+    assert not calls
+    lazy + 0
+    assert lazy.requires_grad  # now there is
+    assert lazy.grad_fn is not None
+
+
+@pytest.mark.parametrize(
+    "args", [("cpu",), (torch.bfloat16,), ("cpu", torch.half, True), (torch.device("cpu"), torch.double)], ids=str
+)
+def test_a_move_stays_lazy(made, args):
+    lazy, calls, leaf = made
+    moved, expected = lazy.to(*args), (leaf * 2).to(*args)
+    assert (moved.dtype, moved.device, moved.shape) == (expected.dtype, expected.device, expected.shape)
+    assert not calls
+    assert torch.equal(moved + 0, expected)
+    assert lazy.to(device="cpu", dtype=torch.half, non_blocking=True).dtype == torch.half
 
 
 def test_conversions_are_those_of_the_values(made):
@@ -60,7 +99,12 @@ def test_conversions_are_those_of_the_values(made):
         lambda x: x.detach().numpy().tolist(),
         lambda x: copy.deepcopy(x.detach()),
         lambda x: pickle.loads(pickle.dumps(x.detach())),
-        lambda x: x.to("cpu", torch.float64),
+        lambda x: x.to(torch.empty(0, dtype=torch.float64)),
+        lambda x: x.contiguous(),
+        lambda x: x.masked_fill(x > 3, 0.0),
+        lambda x: x.max().item(),
+        lambda x: [row.sum().item() for row in x],
+        lambda x: saved_and_loaded({"logits": x.detach()})["logits"],
     ],
 )
 def test_every_use_sees_the_values(made, use):
@@ -81,8 +125,45 @@ def test_gradients_reach_what_the_logits_came_from(made):
     assert torch.equal(leaf.grad, 8 * leaf.detach())
 
 
+def test_a_conversion_first_read_without_gradients_still_has_them(made):
+    lazy, _, _ = made
+    converted = lazy.float()
+    with torch.no_grad():
+        converted.argmax(-1)
+        unneeded = lazy.bfloat16()
+    assert (converted + 0).requires_grad
+    assert not (unneeded + 0).requires_grad
+
+
+def test_a_conversion_does_not_see_a_later_change_in_place(made):
+    lazy, _, _ = made
+    before = lazy.bfloat16()
+    lazy.mul_(2)
+    with pytest.raises(RuntimeError, match="changed in place before a conversion"):
+        before + 0
+    assert torch.equal(lazy.bfloat16() + 0, torch.arange(6.0).view(2, 3).bfloat16() * 4)
+
+
+def test_an_autograd_function_that_takes_them_unread_raises_instead_of_dropping_the_gradient(made):
+    class Exp(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.exp()
+
+        @staticmethod
+        def backward(ctx, grad):
+            return grad
+
+    lazy, _, leaf = made
+    with pytest.raises(RuntimeError, match=r"give it outputs.logits \+ 0"):
+        Exp.apply(lazy).sum().backward()
+    Exp.apply(lazy + 0).sum().backward()
+    assert leaf.grad is not None
+
+
 def test_the_dispatcher_is_a_second_net(made):
     """What passes by torch functions (C++ callers, autograd Functions) still meets values, not an empty shell."""
     lazy, calls, _ = made
-    assert torch.equal(torch.ops.aten.add.Tensor(lazy, 1), torch.arange(6.0).view(2, 3) * 2 + 1)
+    with torch._C.DisableTorchFunctionSubclass():
+        assert torch.equal(torch.ops.aten.add.Tensor(lazy, 1), torch.arange(6.0).view(2, 3) * 2 + 1)
     assert calls

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from operator import attrgetter
@@ -27,6 +28,9 @@ from liger.loss_request import AfterHead, LossRequest, StockLoss, stock_loss_of
 from liger.sharded_head import before_the_instance, has_transformers_forward, is_taken_away
 
 _REQUEST = "_liger_loss_request"
+
+_GATHERING = ("accelerate.", "deepspeed.", "torch.distributed.", "transformers.")
+"""Whose hooks on a head make its weight whole, and do not look at its output."""
 
 
 @dataclass(frozen=True)
@@ -66,11 +70,19 @@ class CausalLM:
         return None
 
     def find_head(self, model: nn.Module) -> Any:
-        """The head, or None where the model has none under that name."""
+        """What the model calls for its logits, or None where it has nothing under that name."""
         try:
             return attrgetter(self.head)(model)
         except AttributeError:
             return None
+
+    def heads(self, model: nn.Module) -> dict[str, Any]:
+        """The head by its name in `model`; under PEFT's modules_to_save the copies, one of which runs as it is."""
+        head = self.find_head(model)
+        if (type(head).__module__, type(head).__name__) != ("peft.utils.other", "ModulesToSaveWrapper"):
+            return {self.head: head}
+        copies = {f"{self.head}.modules_to_save.{adapter}": copy for adapter, copy in head.modules_to_save.items()}
+        return {f"{self.head}.original_module": head.original_module, **copies}
 
     def after_head(self, model: Any) -> AfterHead:
         """What the model does to its head's output, by its present configuration."""
@@ -80,15 +92,12 @@ class CausalLM:
             softcap=attrgetter(self.softcap)(model.config) if self.softcap else None,
         )
 
-    def head_declines(self, model: Any) -> str | None:
-        """Why the head must return its logits, or None. Asked when applied; `can_fuse` asks again at each call."""
-        head = self.find_head(model)
-        if head is None:
-            return f"there is no {self.head}"
+    def head_declines(self, head: Any) -> str | None:
+        """Why one of the `heads` must return its logits, or None. `can_fuse` asks more at each call."""
         # fully_shard derives a class of its own from the module's: look behind it.
-        known = [cls for cls in type(head).__mro__ if not cls.__module__.startswith("torch.distributed.")]
-        if known[0] is not nn.Linear:
-            return f"{self.head} is {type(head).__name__}, not Linear"
+        cls = next(c for c in type(head).__mro__ if not c.__module__.startswith("torch.distributed."))
+        if cls is not nn.Linear:
+            return f"{self.head} is {cls.__module__}.{cls.__qualname__}, not torch.nn.Linear"
         if "forward" in vars(head) and not has_transformers_forward(head):
             return f"{self.head}.forward was replaced on the instance"
         return None
@@ -96,7 +105,9 @@ class CausalLM:
     def model_members(self, base: type[nn.Module]) -> dict[str, Any]:
         """`forward` and `loss_function` for a subclass of the model's class `base`."""
         stock = base.forward
-        position = list(inspect.signature(stock).parameters).index("labels") - 1
+        parameters = list(inspect.signature(stock).parameters)
+        position = parameters.index("labels") - 1
+        known = {*parameters, *_kwargs_of_every_forward()}
         stock_loss = base.loss_function  # type: ignore[attr-defined]
         known_loss, spec = stock_loss_of(self.loss), self
 
@@ -108,12 +119,19 @@ class CausalLM:
             # A compiled graph cannot hold lazy logits, and an evaluation loop reads them: it gets the real ones.
             if torch.compiler.is_compiling() and not self.training:
                 return stock(self, *args, **kwargs)
-            request = LossRequest(labels, spec.loss, spec.after_head(self), kwargs)
-            head = spec.find_head(self)
+            if not kwargs.keys() <= known:
+                unknown = ", ".join(sorted(kwargs.keys() - known))
+                _warn(f"the fused loss does not know {unknown}, so the model's own runs")
+                return stock(self, *args, **kwargs)
+            request = LossRequest(labels, spec.loss, spec.after_head(self), kwargs, known)
+            heads = list(spec.heads(self).values())
+            if any(map(_is_watched, (spec.find_head(self), *heads))):
+                _warn(f"a hook on {spec.head} wants to see logits, so they are computed whole")
+                heads = []
             # An evaluation loop reads the logits after the forward.
-            if not self.training and isinstance(head, nn.Linear) and is_taken_away(self, head):
-                head = None
-            asked = [part for part in (self, head) if part is not None]
+            if not self.training and any(is_taken_away(self, head) for head in heads if isinstance(head, nn.Linear)):
+                heads = []
+            asked = [self, *heads]
             for part in asked:
                 setattr(part, _REQUEST, request)
             try:
@@ -149,3 +167,27 @@ def _answering(stock: Callable[..., Tensor]) -> Callable[..., Tensor]:
         return request.compute_in(self, input)
 
     return forward
+
+
+def _kwargs_of_every_forward() -> set[str]:
+    """What any model passes on from its forward's keywords to its loss: the loss's own, and what is not for a loss."""
+    from transformers.utils import TransformersKwargs
+
+    return {*TransformersKwargs.__annotations__, "ignore_index", "shift_labels", "return_dict"}
+
+
+def _is_watched(head: Any) -> bool:
+    """Whether the head has a hook that may look at its output."""
+    hooks = [*head._forward_hooks.values(), *head._backward_hooks.values(), *head._backward_pre_hooks.values()]
+    return any(not _defined_in(hook).startswith(_GATHERING) for hook in hooks)
+
+
+def _defined_in(hook: Any) -> str:
+    while isinstance(hook, functools.partial):
+        hook = hook.func
+    return str(hook.__module__)
+
+
+def _warn(message: str) -> None:
+    if not torch.compiler.is_compiling():
+        warnings.warn(f"liger: {message}", stacklevel=3)

@@ -2,7 +2,8 @@
 
 After a loss that never held the logits, `outputs.logits` is one of these: a `torch.Tensor` with the right shape, dtype
 and device. Any operation on it computes the real logits, once, as the model would have: they carry gradients where the
-forward did. Conversions that every trainer applies unasked (`.float()`, `.detach()`, …) stay lazy.
+forward did. What trainers and wrappers do to every output unasked (`.float()`, `.detach()`, `.to(device)`, …) stays
+lazy.
 """
 
 from __future__ import annotations
@@ -14,23 +15,41 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-_PROPERTIES = ("shape", "dtype", "device", "layout", "ndim", "is_cuda", "requires_grad", "is_sparse", "is_quantized")
-_METHODS = ("size", "dim", "numel", "is_floating_point", "is_complex", "element_size")
+_PROPERTIES = (
+    *("shape", "dtype", "device", "layout", "ndim", "itemsize", "nbytes", "requires_grad", "grad_fn", "is_leaf"),
+    *("is_cpu", "is_cuda", "is_meta", "is_mps", "is_nested", "is_quantized", "is_sparse", "is_xpu"),
+)
+_METHODS = (
+    *("__hash__", "__len__", "dim", "element_size", "get_device", "is_complex", "is_contiguous", "is_floating_point"),
+    *("is_inference", "ndimension", "nelement", "numel", "size", "stride"),
+)
 _METADATA = {getattr(Tensor, name).__get__ for name in _PROPERTIES} | {getattr(Tensor, name) for name in _METHODS}
+_METADATA |= {torch.is_complex, torch.is_floating_point, torch.is_inference, torch.numel}
+_REQUIRES_GRAD = Tensor.requires_grad.__get__  # type: ignore[attr-defined]
+_GRAD_FN = Tensor.grad_fn.__get__  # type: ignore[union-attr]
+
 _CONVERSIONS: dict[Any, torch.dtype | None] = {
+    Tensor.double: torch.float64,
     Tensor.float: torch.float32,
     Tensor.half: torch.float16,
     Tensor.bfloat16: torch.bfloat16,
     Tensor.detach: None,
-    Tensor.contiguous: None,
+    Tensor.clone: None,
+    Tensor.to: None,
 }
 
 
 class LazyLogits(Tensor):
-    """A tensor of a given shape, dtype and device whose values `compute` returns at the first use."""
+    """A tensor of a given shape, dtype and device whose values `compute` returns at the first use.
+
+    Until then Python is told that it requires no gradient, so that nobody hooks into a graph that is not there. An
+    autograd Function that takes it as it is does not see through to that graph: its backward raises.
+    """
 
     _compute: Callable[[], Tensor] | None
     _value: Tensor | None
+    _version_read: int
+    _with_grad: bool
 
     @staticmethod
     def __new__(
@@ -39,20 +58,40 @@ class LazyLogits(Tensor):
         shape: torch.Size,
         dtype: torch.dtype,
         device: torch.device,
+        requires_grad: bool = False,
     ) -> LazyLogits:
-        """Make one; `compute` must return a tensor of that shape, dtype and device."""
-        self = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
-        self._compute, self._value = compute, None
+        """Make one; `compute` must return a tensor of that shape, dtype and device, and of that `requires_grad`."""
+        self = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device, requires_grad=requires_grad)
+        self._compute, self._value, self._with_grad = compute, None, requires_grad
+        if requires_grad:
+            with torch._C.DisableTorchFunctionSubclass():
+                self.register_hook(_refuse)
         return self
 
     def __init__(self, *_: Any) -> None:
         pass
 
     def materialize(self) -> Tensor:
-        """The logits, computed now if they were not yet."""
+        """The logits, computed now if they were not yet.
+
+        Raises:
+            RuntimeError: an autograd Function detached them unread (DeepSpeed does that to every output): gradients
+                would not reach the model. Their values can be had by `detach()`.
+        """
+        with torch._C.DisableTorchFunctionSubclass():
+            lost = self.requires_grad and not self._with_grad
+        if lost and torch.is_grad_enabled():
+            raise RuntimeError(
+                "outputs.logits went through an autograd Function before they were read (DeepSpeed's ZeRO?): gradients "
+                "would not reach the model; read outputs.logits.detach(), or use liger.apply(model, loss='full')"
+            )
+        return self._read()
+
+    def _read(self) -> Tensor:
         if self._value is None:
             assert self._compute is not None
             self._value = self._compute()
+            self._version_read = _version(self._value)
             self._compute = None  # it holds the hidden states and their graph
         return self._value
 
@@ -62,18 +101,39 @@ class LazyLogits(Tensor):
                 return f"LazyLogits(shape={tuple(self.shape)}, dtype={self.dtype}, device='{self.device}')"
         return repr(self._value)
 
+    def _converted(self, func: Callable[..., Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> LazyLogits:
+        """What `func(self, *args, **kwargs)`, one of the conversions, will be when it is read."""
+        grad = torch.is_grad_enabled() and func is not Tensor.detach
+
+        def compute() -> Tensor:
+            value = self.materialize() if grad else self._read()
+            if _version(value) != self._version_read:
+                raise RuntimeError("outputs.logits were changed in place before a conversion of them was first read")
+            with torch.set_grad_enabled(grad):
+                return func(value, *args, **kwargs)
+
+        with torch._C.DisableTorchFunctionSubclass():
+            shape, device, dtype = self.shape, self.device, _CONVERSIONS[func] or self.dtype
+        if func is Tensor.to:
+            to_device, to_dtype, *_ = torch._C._nn._parse_to(*args, **kwargs)
+            device, dtype = to_device or device, to_dtype or dtype
+        return LazyLogits(compute, shape, dtype, device, self._with_grad and grad)
+
     @classmethod
     def __torch_function__(
         cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if func in _METADATA:
-            return super().__torch_function__(func, types, args, kwargs)
-        if func in _CONVERSIONS and isinstance(args[0], LazyLogits) and len(args) == 1 and not kwargs:
-            lazy = args[0]
-            with torch._C.DisableTorchFunctionSubclass():
-                dtype = _CONVERSIONS[func] or lazy.dtype
-                return LazyLogits(lambda: func(lazy.materialize()), lazy.shape, dtype, lazy.device)
-        args, kwargs = _materialized((args, kwargs or {}))
+        kwargs = kwargs or {}
+        if args and isinstance(args[0], LazyLogits) and args[0]._value is None:
+            if func == _REQUIRES_GRAD:
+                return False
+            if func == _GRAD_FN:
+                return None
+            if func in _METADATA:
+                return super().__torch_function__(func, types, args, kwargs)
+            if func in _CONVERSIONS and _is_plain(args[1:], kwargs):
+                return args[0]._converted(func, args[1:], kwargs)
+        args, kwargs = _materialized((args, kwargs))
         return func(*args, **kwargs)
 
     @classmethod
@@ -86,3 +146,20 @@ class LazyLogits(Tensor):
 
 def _materialized(tree: Any) -> Any:
     return tree_map_only(LazyLogits, LazyLogits.materialize, tree)
+
+
+def _is_plain(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether a conversion was told nothing but a device, a dtype and whether to wait."""
+    kinds = (torch.device, torch.dtype, str, int)
+    return kwargs.keys() <= {"device", "dtype", "non_blocking"} and all(isinstance(arg, kinds) for arg in args)
+
+
+def _version(value: Tensor) -> int:
+    return 0 if value.is_inference() else value._version  # inference tensors do not count theirs
+
+
+def _refuse(_: Tensor) -> Tensor:
+    raise RuntimeError(
+        "outputs.logits went into an autograd Function or a C++ operator as they are, which sees no gradient path to "
+        "the model behind them: give it outputs.logits + 0"
+    )

@@ -48,8 +48,11 @@ class AfterHead(NamedTuple):
 class LossRequest:
     """What one forward of a model was asked for, and what its head made of it."""
 
-    def __init__(self, labels: Tensor, loss: StockLoss, after_head: AfterHead, kwargs: dict[str, Any]) -> None:
+    def __init__(
+        self, labels: Tensor, loss: StockLoss, after_head: AfterHead, kwargs: dict[str, Any], known: set[str]
+    ) -> None:
         self.labels = labels
+        self.known = known
         self.known_loss = stock_loss_of(loss)
         self.after_head = after_head
         self.shifts = loss == "ForCausalLMLoss"
@@ -80,14 +83,19 @@ class LossRequest:
         labels, items = self.labels, self.num_items_in_batch
         if self.shifts and self.shift_labels is not None:
             labels = self.shift_labels
-        scalar = items.dim() == 0 if isinstance(items, Tensor) else True
+        scalar = items.numel() == 1 if isinstance(items, Tensor) else True
         return scalar and rows.shape[:-1].numel() == labels.numel()
+
+    def _shaped(self, loss: Tensor) -> Tensor:
+        """The loss in the shape that a division by the number of items gives it: nn.DataParallel's has one element."""
+        items = self.num_items_in_batch
+        return loss.reshape(items.shape) if isinstance(items, Tensor) else loss
 
     def compute_in(self, head: Any, hidden: Tensor) -> Tensor:
         """Compute the loss from hidden states (..., H) and return the placeholder (..., 0) for the logits."""
         items = self.num_items_in_batch
         op = linear_cross_entropy if is_whole(head) else vocab_parallel_linear_cross_entropy
-        self.loss = op(
+        loss = op(
             hidden.reshape(-1, hidden.shape[-1]),
             head.weight,
             self.target().to(hidden.device),
@@ -98,6 +106,7 @@ class LossRequest:
             logit_scale=self.after_head.scale / self.after_head.divisor,
             denominator=items,
         )
+        self.loss = self._shaped(loss)
         self.shape = torch.Size((*hidden.shape[:-1], head.weight.shape[0]))
         kind = hidden.device.type
         autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
@@ -151,6 +160,7 @@ class LossRequest:
             and num_items_in_batch is self.num_items_in_batch
             and shift_labels is self.shift_labels
             and ignore_index == self.ignore_index
+            and kwargs.keys() <= self.known
         )
         if self.loss is not None:
             if as_asked and vocab_size == self.shape[-1]:
@@ -159,13 +169,14 @@ class LossRequest:
             assert self.recompute is not None, "the model changed the loss's arguments inside a compiled graph"
             logits = self.recompute(logits.dtype)
         if as_asked and type(logits) is Tensor and logits.shape[-1] == vocab_size and self._fits(logits):
-            return cross_entropy(
+            loss = cross_entropy(
                 logits.reshape(-1, vocab_size),
                 self.target().to(logits.device),
                 ignore_index=ignore_index,
                 reduction="mean" if num_items_in_batch is None else "sum",
                 denominator=num_items_in_batch,
             )
+            return self._shaped(loss)
         options = {"num_items_in_batch": num_items_in_batch, "shift_labels": shift_labels, **kwargs}
         return self.known_loss(logits, labels, vocab_size, ignore_index=ignore_index, **options)
 
@@ -178,7 +189,7 @@ class LossRequest:
             kept = {name: value for name, value in output.items() if value is not placeholder}
             return type(output)(**kept)
         dtype = placeholder.dtype
-        lazy = LazyLogits(lambda: recompute(dtype), self.shape, dtype, placeholder.device)
+        lazy = LazyLogits(lambda: recompute(dtype), self.shape, dtype, placeholder.device, placeholder.requires_grad)
         if isinstance(output, tuple):
             return tuple(lazy if value is placeholder else value for value in output)
         for name, value in output.items():

@@ -223,15 +223,15 @@ def _plan_rope(patch: Patch, adapter: Adapter, name: str, module: nn.Module, cls
 
 def _plan_loss(patch: Patch, spec: CausalLM, name: str, model: nn.Module, cls: type[nn.Module], loss: Any) -> None:
     declined = _overridden(model, cls, "forward") or spec.declines(model)
-    head = spec.find_head(model)
-    head_name = f"{name}.{spec.head}".lstrip(".")
     runs = "cross_entropy of the logits"
     if loss == "linear" and declined is None:
-        reason = spec.head_declines(model)
-        if reason is None:
-            runs = "the loss of its head"
-        subclass = parallel_head_class if reason is None and "forward" in vars(head) else head_class
-        _record(patch, head_name, head, "loss", type(head).__name__, _FUSED, reason, subclass, spec)
+        for head_name, head in spec.heads(model).items():
+            reason = spec.head_declines(head)
+            if reason is None:
+                runs = "the loss of its head"
+            subclass = parallel_head_class if reason is None and "forward" in vars(head) else head_class
+            path = f"{name}.{head_name}".lstrip(".")
+            _record(patch, path, head, "loss", type(head).__name__, _FUSED, reason, subclass, spec)
     _record(patch, name, model, "loss", cls.__name__, runs, declined, model_class, spec)
 
 

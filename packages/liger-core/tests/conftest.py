@@ -1,4 +1,4 @@
-"""What the tests of several ops use: the size of a chunk, and a record of what was allocated."""
+"""What several tests use: the size of a chunk, and a record of what was allocated."""
 
 from __future__ import annotations
 
