@@ -29,6 +29,8 @@ _LINE = 64  # columns: rows that start 128 bytes apart, or a multiple of that, a
 _ROWS_PER_UPDATE = 1280  # rows whose product with x takes longer than reading and writing dW
 _UPDATES = 8  # rounded this often, a sum in bf16 has 1.5 times the error of one product; 16 times 2.0, 64 times 3.8
 
+_NAMES = ("input", "linear_weight", "linear_bias")
+
 Gradients = tuple[Tensor, Tensor, Tensor]
 Needs = tuple[bool, bool, bool]
 
@@ -52,12 +54,25 @@ def chunks(
     return list(itertools.pairwise(edges))
 
 
+def empty_logits(like: Tensor, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+    """(rows, columns) on the device of `like`, not yet filled; where columns are many, rows start at whole lines."""
+    line = _LINE if columns > 16 * _LINE else 1
+    return like.new_empty((rows, -(-columns // line) * line), dtype=dtype)[:, :columns]
+
+
+def _parts(columns: int) -> list[slice]:
+    """The columns: where their number would take cuBLAS to its slow kernels, the few beside whole lines, then those."""
+    whole = columns // _LINE * _LINE
+    return [slice(whole, columns), slice(0, whole)] if 16 * _LINE < whole < columns else [slice(0, columns)]
+
+
 def project(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
     """`out` = x Wᵀ + b, all of one dtype."""
-    if bias is None:
-        torch.mm(x, weight.t(), out=out)
-    else:
-        torch.addmm(bias, x, weight.t(), out=out)
+    for part in _parts(weight.shape[0]):
+        if bias is None:
+            torch.mm(x, weight[part].t(), out=out[:, part])
+        else:
+            torch.addmm(bias[part], x, weight[part].t(), out=out[:, part])
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
@@ -116,8 +131,7 @@ def through_chunks(
     beside = int(planned * input.shape[1] * dw.element_size() * share_of_dw) if needs_weight else 0
     parts = chunks(rows, planned, compute_dtype.itemsize * buffers, beside, budget)
     longest = max((stop - start for start, stop in parts), default=0)
-    line = _LINE if columns > 16 * _LINE else 1
-    buffer = input.new_empty((longest, -(-columns // line) * line), dtype=compute_dtype)[:, :columns]
+    buffer = empty_logits(input, longest, columns, compute_dtype)
 
     rounds_often = needs_weight and dw.element_size() == 2 and len(parts) > _UPDATES
     total = torch.empty_like(dw, dtype=torch.float32) if rounds_often else dw
@@ -129,12 +143,11 @@ def through_chunks(
         logits = buffer[: stop - start]
         project(x, w, b, logits)
         fill(logits, slice(start, stop))
-        if needs_input and dx.dtype == compute_dtype:
-            torch.mm(logits, w, out=dx[start:stop])
-        elif needs_input:
-            dx[start:stop] = logits @ w
-        if needs_weight:
-            _add_product(total, logits.t(), x, first=start == 0)
+        for number, part in enumerate(_parts(columns)):
+            if needs_input:
+                _add_product(dx[start:stop], logits[:, part], w[part], first=number == 0)
+            if needs_weight:
+                _add_product(total[part], logits[:, part].t(), x, first=start == 0)
         if needs_bias and start == 0:
             torch.sum(logits, 0, dtype=db.dtype, out=db)
         elif needs_bias:
@@ -155,12 +168,14 @@ def given(
     )
 
 
-def check_layer(op: str, input: Tensor, weight: Tensor, bias: Tensor | None, prefix: str = "") -> None:
-    """Refuse by name a layer whose shapes or devices do not fit, or whose weight holds no data of its own.
+def check_layer(
+    op: str, input: Tensor, weight: Tensor, bias: Tensor | None, names: tuple[str, str, str] = _NAMES
+) -> None:
+    """Refuse a layer whose shapes or devices do not fit, or whose weight holds no data of its own.
 
-    `prefix` stands before the names `input`, `linear_weight` and `linear_bias` in the errors.
+    `names`: what the caller of `op` calls input, weight and bias.
     """
-    weight_name, bias_name = f"{prefix}linear_weight", f"{prefix}linear_bias"
+    input_name, weight_name, bias_name = names
     if hasattr(weight, "device_mesh"):
         raise ValueError(f"{op}: {weight_name} is a DTensor: pass the whole weight, as its module's forward sees it")
     if weight.numel() == 0:
@@ -172,10 +187,12 @@ def check_layer(op: str, input: Tensor, weight: Tensor, bias: Tensor | None, pre
         raise ValueError(f"{op}: {bias_name} has shape {tuple(bias.shape)}, expected {tuple(weight.shape[:1])}")
     for name, tensor in ((weight_name, weight), (bias_name, bias)):
         if tensor is not None and tensor.device != input.device:
-            raise ValueError(f"{op}: {name} is on {tensor.device}, expected {prefix}input's device {input.device}")
+            raise ValueError(f"{op}: {name} is on {tensor.device}, expected {input_name}'s device {input.device}")
 
 
-def check_dtypes(op: str, input: Tensor, weight: Tensor, bias: Tensor | None, prefix: str = "") -> torch.dtype:
+def check_dtypes(
+    op: str, input: Tensor, weight: Tensor, bias: Tensor | None, names: tuple[str, str, str] = _NAMES
+) -> torch.dtype:
     """The dtype that `F.linear` would compute in: autocast's, where it is on, else the one that all of them have."""
     device = input.device.type
     autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
@@ -183,15 +200,13 @@ def check_dtypes(op: str, input: Tensor, weight: Tensor, bias: Tensor | None, pr
     def cast(dtype: torch.dtype) -> torch.dtype:
         return dtype if autocast is None or dtype == torch.float64 else autocast
 
-    for name, tensor in (("input", input), ("linear_weight", weight), ("linear_bias", bias)):
+    for name, tensor in zip(names, (input, weight, bias), strict=True):
         if tensor is None:
             continue
         if not tensor.is_floating_point():
-            raise TypeError(f"{op}: {prefix}{name} must have a floating-point dtype, not {tensor.dtype}")
+            raise TypeError(f"{op}: {name} must have a floating-point dtype, not {tensor.dtype}")
         if cast(tensor.dtype) != cast(input.dtype):
-            raise TypeError(
-                f"{op}: {prefix}input is {input.dtype} and {prefix}{name} is {tensor.dtype}: they must agree"
-            )
+            raise TypeError(f"{op}: {names[0]} is {input.dtype} and {name} is {tensor.dtype}: they must agree")
     return cast(input.dtype)
 
 
