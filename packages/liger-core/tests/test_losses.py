@@ -252,8 +252,7 @@ def test_what_is_not_counted_may_have_any_value(device, name, value):
 
     spoilt = clean.detach().where(batch.mask, value).requires_grad_()
     batch.old, batch.ref = (t.where(batch.mask, value) for t in (batch.old, batch.ref))
-    if "token" in name:
-        batch.advantages = batch.advantages[:, None].expand_as(batch.mask).where(batch.mask, value)
+    batch.advantages = batch.advantages[:, None].expand_as(batch.mask).where(batch.mask, value)
     got = LOSSES[name][0](spoilt, batch)
     assert torch.equal(got, expected)
     assert torch.equal(torch.autograd.grad(got, spoilt)[0], gradient)
@@ -282,7 +281,7 @@ def test_the_present_policy_as_the_old_one_is_a_constant(device):
 
 
 def test_dapo_counts_the_tokens_of_this_batch_unless_told(device):
-    batch = Batch(device)
+    batch = Batch(device).to(torch.float32)
     count = batch.mask.sum()
     alone, told, tensor, bnpo = (
         grpo_loss(batch.ref, batch.advantages, batch.mask, old_log_probs=batch.old, **options)
@@ -296,6 +295,7 @@ def test_dapo_counts_the_tokens_of_this_batch_unless_told(device):
     assert torch.equal(alone, bnpo)
     assert torch.equal(alone, 2 * told)
     assert torch.equal(told, tensor)
+    assert tensor.dtype == torch.float32
 
 
 def test_every_token_may_have_its_own_advantage(device):

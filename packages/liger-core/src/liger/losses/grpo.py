@@ -93,7 +93,7 @@ def grpo_loss(
         behind = (reference.detach() - policy).where(counted, 0)
         tokens = tokens + beta * (torch.expm1(behind) - behind)
 
-    sums = tokens.where(counted, 0).sum(-1)
+    sums = tokens.sum(-1)
     if loss_type == "grpo":
         return (sums / lengths).mean()
     if max_completion_length is not None:
