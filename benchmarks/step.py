@@ -98,7 +98,9 @@ MODELS = {
 
 
 def _compile(model: Any) -> None:
-    model.compile()
+    # Each layer, not the whole: transformers, traced as a whole, makes a mask that keeps torch from flash attention.
+    for layer in model.model.layers:
+        layer.compile(fullgraph=True)
 
 
 def _liger(model: Any) -> None:
@@ -109,7 +111,7 @@ def _liger(model: Any) -> None:
 
 def _liger_compile(model: Any) -> None:
     _liger(model)
-    model.compile()
+    _compile(model)
 
 
 def _liger_recompute(model: Any) -> None:
