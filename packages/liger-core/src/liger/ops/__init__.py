@@ -5,6 +5,7 @@ from liger.ops.cross_entropy import cross_entropy
 from liger.ops.geglu import geglu, geglu_joined
 from liger.ops.layer_norm import layer_norm
 from liger.ops.linear_cross_entropy import linear_cross_entropy
+from liger.ops.linear_distillation import linear_distillation
 from liger.ops.linear_log_prob import linear_log_prob
 from liger.ops.qk_norm_rotary import qk_norm_rotary
 from liger.ops.rms_norm import rms_norm
@@ -18,6 +19,7 @@ __all__ = [
     "geglu_joined",
     "layer_norm",
     "linear_cross_entropy",
+    "linear_distillation",
     "linear_log_prob",
     "qk_norm_rotary",
     "rms_norm",
