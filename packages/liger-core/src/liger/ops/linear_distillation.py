@@ -70,7 +70,7 @@ def _run(
     b = None if teacher_bias is None else teacher_bias.to(teacher_dtype)
 
     def fill(logits: Tensor, rows: slice) -> None:
-        teacher_logits = empty_logits(teacher_input, *logits.shape, teacher_dtype)
+        teacher_logits = empty_logits(teacher_input, logits.shape[0], logits.shape[1], teacher_dtype)
         project(teacher_input[rows].to(teacher_dtype), w, b, teacher_logits)
         fill_distillation_rows(
             logits, teacher_logits, counts[rows], beta, temperature, loss[rows], with_gradient=any(needs),
