@@ -15,6 +15,7 @@ import torch
 
 from benchmarks.cases import CASES, Case
 from benchmarks.experts import all_experts
+from benchmarks.losses import all_losses
 from benchmarks.measure import Record, copy_tb_s, measure_or_say_why, product_tflop_s
 from benchmarks.peers import NAMES, not_installed
 from benchmarks.step import MODELS, WAYS, training_steps
@@ -25,7 +26,7 @@ OPS = tuple(dict.fromkeys(case.op for case in CASES))
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description="What every op costs, beside its peers.")
     parser.add_argument(
-        "--op", action="append", choices=[*OPS, "experts", "step"], help="may be repeated; all ops without it"
+        "--op", action="append", choices=[*OPS, "experts", "losses", "step"], help="may be repeated; all ops without it"
     )
     parser.add_argument(
         "--peer", action="append", choices=list(dict.fromkeys([*NAMES, *WAYS])), help="may be repeated; all without it"
@@ -41,13 +42,13 @@ def _arguments() -> argparse.Namespace:
 
 
 def _kept(file: Path, device: str) -> dict[str, Any]:
-    """What an earlier run wrote there: its cases, experts and steps."""
+    """What an earlier run wrote there: its cases, experts, losses and steps."""
     if not file.exists():
         return {}
     earlier: dict[str, Any] = json.loads(file.read_text("utf-8"))
     if earlier["device"] != device:
         raise SystemExit(f"--add: {file} is of {earlier['device']}, this is {device}")
-    return {key: earlier[key] for key in ("cases", "experts", "steps") if key in earlier}
+    return {key: earlier[key] for key in ("cases", "experts", "losses", "steps") if key in earlier}
 
 
 def _with_case(cases: list[Record], case: Record) -> list[Record]:
@@ -111,7 +112,7 @@ def main() -> None:
         "versions": _versions(),
         "not_installed": absent,
     }
-    results: dict[str, Any] = {**machine, "cases": [], "experts": [], "steps": {}}
+    results: dict[str, Any] = {**machine, "cases": [], "experts": [], "losses": [], "steps": {}}
     if options.add and options.json:
         results.update(_kept(options.json, machine["device"]))
     print(*(f"{key}: {value}" for key, value in machine.items()), sep="\n", flush=True)
@@ -142,6 +143,8 @@ def main() -> None:
         save(cases=_with_case(results["cases"], record))
     if "experts" in ops:
         all_experts(device, options.tiny, lambda measured: save(experts=measured))
+    if "losses" in ops:
+        all_losses(device, options.tiny, lambda measured: save(losses=measured))
     if "step" in ops:
         steps = results["steps"]
         training_steps(device, options.model, options.peer, options.tiny, lambda new: save(steps={**steps, **new}))

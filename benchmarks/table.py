@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.experts import OURS, STOCK
+from benchmarks.losses import NAIVE
+from benchmarks.losses import OURS as FUSED
 from benchmarks.peers import NAMES
 from benchmarks.step import WAYS
 
@@ -94,6 +96,17 @@ def _experts(results: dict[str, Any]) -> list[str]:
     return lines
 
 
+def _losses(results: dict[str, Any]) -> list[str]:
+    names = [f"{what}, {way}" for what in ("ms", "MiB") for way in (NAIVE, FUSED)]
+    lines = _head(["loss", "shape", *names], words=2)
+    for loss in results["losses"]:
+        records = [loss[way] for way in (NAIVE, FUSED)]
+        times = [_time(record, with_memory=False) for record in records]
+        memory = ["fails" if "failed" in record else f"{record['peak_mib']:,.0f}" for record in records]
+        lines.append(_row([loss["loss"], loss["shape"], *times, *memory]))
+    return lines
+
+
 def section(results: dict[str, Any]) -> str:
     """The tables of one machine."""
     names = [name for name in NAMES if any(name in case["peers"] for case in results["cases"])]
@@ -113,6 +126,12 @@ def section(results: dict[str, Any]) -> str:
             "The experts of one layer, GPU milliseconds of forward + backward with transformers' `grouped_mm`, "
             "their activation alone, and peak MiB:",
             "\n".join(_experts(results)),
+        ]
+    if results.get("losses"):
+        parts += [
+            "The losses over log-probabilities, from a head's input and weight: GPU milliseconds of forward + backward "
+            "and peak MiB, with the whole logits and with `linear_log_prob`:",
+            "\n".join(_losses(results)),
         ]
     if results["steps"]:
         parts += [

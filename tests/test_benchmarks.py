@@ -126,6 +126,10 @@ def test_the_tables_show_failures_and_absent_peers():
             {"model": "B", "shape": "9 experts", "not_installed": "liger-b"},
             {"model": "C", "shape": "7 experts", "failed": "RuntimeError: x"},
         ],
+        "losses": [
+            {"loss": "DPO", "shape": "4 pairs", "logits": {"failed": "OutOfMemoryError: x"}, "liger": record},
+            {"loss": "KTO", "shape": "4 pairs", "logits": record, "liger": record},
+        ],
         "steps": {
             "llama-1b": {
                 "title": "Llama",
@@ -143,6 +147,8 @@ def test_the_tables_show_failures_and_absent_peers():
     assert "| A: 8 experts | 31.25 | 31.25 | 0.500 | 0.500 | 1,234 | 1,234 |" in shown
     assert "| B: 9 experts (without liger-b) | – |" in shown
     assert "| C: 7 experts (fails) | – |" in shown
+    assert "| DPO | 4 pairs | fails | 1.250 | fails | 1,234 |" in shown
+    assert "| KTO | 4 pairs | 1.250 | 1.250 | 1,234 | 1,234 |" in shown
     assert "| model | eager | compile | liger |" in shown
     assert "| Llama | 45,938 / 61.2 | fails | – |" in shown
 
@@ -175,6 +181,38 @@ def test_experts_run_stock_and_ours(monkeypatch):
         assert layer[STOCK]["wall_ms"] > 0, layer
         assert layer[OURS]["wall_ms"] > 0, layer
         assert 0 < layer["difference"] < 0.01, "another rounding of the same formulas, so something was swapped"
+
+
+def test_losses_run_from_the_logits_and_fused_and_give_the_same(monkeypatch):
+    from benchmarks import losses
+    from liger.testing.error_rule import relative_error
+
+    monkeypatch.setattr("liger.ops.launch.enabled", False)
+    saved = []
+    results = losses.all_losses(torch.device("cpu"), tiny=True, save=lambda so_far: saved.append(len(so_far)))
+    assert [measured["loss"] for measured in results] == list(losses.LOSSES)
+    assert saved == [*range(1, len(losses.LOSSES) + 1)]
+    for measured in results:
+        assert measured[losses.NAIVE].get("wall_ms", 0) > 0, measured
+        assert measured[losses.OURS].get("wall_ms", 0) > 0, measured
+
+    batch = losses.Batch(losses.TINY, torch.device("cpu"))
+    for name, ways in losses.LOSSES.items():
+        for ours, naive in zip(*(losses._step(way, batch) for way in reversed(ways)), strict=True):
+            assert relative_error(ours, naive) < 0.01, f"{name}: two roundings of the same formula"
+
+
+def test_a_loss_that_fails_is_recorded_with_its_error(monkeypatch):
+    from benchmarks import losses
+
+    def no_memory(batch):
+        raise MemoryError("the logits")
+
+    monkeypatch.setattr(losses, "LOSSES", {"DPO": (no_memory, losses.LOSSES["DPO"][1])})
+    monkeypatch.setattr("liger.ops.launch.enabled", False)
+    (measured,) = losses.all_losses(torch.device("cpu"), tiny=True)
+    assert measured[losses.NAIVE] == {"failed": "MemoryError: the logits"}
+    assert measured[losses.OURS]["wall_ms"] > 0
 
 
 def test_steps_name_what_is_not_installed_and_leave_liger_kernel_for_the_end(monkeypatch):
@@ -219,8 +257,10 @@ def test_a_run_can_be_added_to_a_file(tmp_path):
 
     file = tmp_path / "a.json"
     assert _kept(file, "A GPU") == {}
-    file.write_text(json.dumps({"device": "A GPU", "cases": [1], "steps": {"a": 2}, "versions": {}}), "utf-8")
-    assert _kept(file, "A GPU") == {"cases": [1], "steps": {"a": 2}}
+    file.write_text(
+        json.dumps({"device": "A GPU", "cases": [1], "losses": [3], "steps": {"a": 2}, "versions": {}}), "utf-8"
+    )
+    assert _kept(file, "A GPU") == {"cases": [1], "losses": [3], "steps": {"a": 2}}
     with pytest.raises(SystemExit, match="is of A GPU"):
         _kept(file, "another")
 
