@@ -158,7 +158,9 @@ def _version(value: Tensor) -> int:
     return 0 if value.is_inference() else value._version  # inference tensors do not count theirs
 
 
-def _refuse(_: Tensor) -> Tensor:
+def _refuse(gradient: Tensor | None) -> None:
+    if gradient is None:  # DDP passes every output through a Function of its own, and uses no gradient of this one
+        return
     raise RuntimeError(
         "outputs.logits went into an autograd Function or a C++ operator as they are, which sees no gradient path to "
         "the model behind them: give it outputs.logits + 0"
