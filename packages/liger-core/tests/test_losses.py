@@ -296,6 +296,7 @@ def test_dapo_counts_the_tokens_of_this_batch_unless_told(device):
     assert torch.equal(alone, 2 * told)
     assert torch.equal(told, tensor)
     assert tensor.dtype == torch.float32
+    assert grpo_loss(batch.ref, batch.advantages, batch.mask & False, num_items_in_batch=0) == 0
 
 
 def test_every_token_may_have_its_own_advantage(device):

@@ -99,4 +99,4 @@ def grpo_loss(
     if max_completion_length is not None:
         return sums.sum() / (len(sums) * max_completion_length)
     items = counted.sum() if num_items_in_batch is None else num_items_in_batch
-    return sums.sum() / torch.as_tensor(items, dtype=sums.dtype, device=sums.device).clamp(min=1).reshape(())
+    return sums.sum() / (items.to(sums).clamp(min=1).reshape(()) if isinstance(items, Tensor) else max(items, 1))

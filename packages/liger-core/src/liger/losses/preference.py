@@ -195,9 +195,9 @@ def kto_loss(
     if label.shape != log_probs.shape:
         raise ValueError(f"kto_loss: label has shape {tuple(label.shape)}, expected {tuple(log_probs.shape)}")
     policy, reference = in_wide("kto_loss", log_probs.shape, log_probs=log_probs, ref_log_probs=ref_log_probs)
-    point = torch.as_tensor(kl, dtype=policy.dtype, device=policy.device).detach().clamp(min=0)
-    if point.numel() != 1:
-        raise ValueError(f"kto_loss: kl has shape {tuple(point.shape)}, expected one number")
-    gain = beta * (policy - reference.detach() - point.reshape(()))
+    if isinstance(kl, Tensor) and kl.numel() != 1:
+        raise ValueError(f"kto_loss: kl has shape {tuple(kl.shape)}, expected one number")
+    offset = kl.detach().to(policy).clamp(min=0).reshape(()) if isinstance(kl, Tensor) else max(kl, 0.0)
+    gain = beta * (policy - reference.detach() - offset)
     losses = torch.where(label, desirable_weight * torch.sigmoid(-gain), undesirable_weight * torch.sigmoid(gain))
     return losses.mean()
