@@ -1,4 +1,4 @@
-"""The losses over log-probabilities: from the whole logits, and from `liger.ops.linear_log_prob`.
+"""The losses of alignment and distillation: from the whole logits, and from `liger.ops` that never hold them.
 
 Forward and backward from a head's input and weight, at the vocabulary of Llama 3. `python -m benchmarks --op losses`
 measures them.
@@ -7,6 +7,7 @@ measures them.
 from __future__ import annotations
 
 import gc
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -17,7 +18,7 @@ from torch import Tensor
 from benchmarks.experts import Record
 from benchmarks.measure import gpu_ms, peak_mib, wall_ms
 from liger import losses
-from liger.ops import linear_log_prob
+from liger.ops import linear_distillation, linear_log_prob
 
 NAIVE, OURS = "logits", "liger"
 IGNORED = -100
@@ -40,7 +41,10 @@ TINY = Sizes(pairs=2, tokens=8, hidden=16, vocabulary=50)
 
 
 class Batch:
-    """The head, its input, and what a loss takes as constants; the second half of the sequences is the rejected one."""
+    """The head, its input, and what a loss takes as constants; the second half of the sequences is the rejected one.
+
+    The teacher is twice as wide as its student.
+    """
 
     def __init__(self, sizes: Sizes, device: torch.device) -> None:
         torch.manual_seed(0)
@@ -57,6 +61,9 @@ class Batch:
         self.old, self.reference = (log_prob + 0.1 * torch.randn_like(log_prob) for _ in range(2))
         self.advantages = torch.randn(many, device=device)
         self.label = torch.arange(many, device=device) < sizes.pairs
+        width = 2 * sizes.hidden
+        self.teacher_hidden = torch.randn(*shape, width, device=device, dtype=torch.bfloat16)
+        self.teacher_weight = torch.randn(sizes.vocabulary, width, device=device, dtype=torch.bfloat16) * width**-0.5
 
 
 Loss = Callable[[Batch], Tensor]
@@ -120,6 +127,27 @@ def _grpo(log_prob: Tensor, batch: Batch) -> Tensor:
     )
 
 
+def _gkd_from_logits(batch: Batch) -> Tensor:
+    student = F.linear(batch.hidden, batch.weight).float().log_softmax(-1)
+    teacher = F.linear(batch.teacher_hidden, batch.teacher_weight).float().log_softmax(-1)
+    mixture = torch.logaddexp(student, teacher) - math.log(2)
+    parts = (F.kl_div(mixture, p, reduction="none", log_target=True)[batch.mask].sum() for p in (student, teacher))
+    return sum(parts) / 2 / batch.mask.sum()
+
+
+def _kl_from_logits(batch: Batch) -> Tensor:
+    student = F.linear(batch.hidden, batch.weight).float().log_softmax(-1)
+    teacher = F.linear(batch.teacher_hidden, batch.teacher_weight).float().log_softmax(-1)
+    divergence = F.kl_div(student, teacher, reduction="none", log_target=True)
+    return divergence[batch.mask].sum() / batch.mask.sum()
+
+
+def _distillation(beta: float) -> Loss:
+    return lambda batch: linear_distillation(
+        batch.hidden, batch.weight, batch.teacher_hidden, batch.teacher_weight, batch.target, beta=beta
+    )
+
+
 LOSSES: dict[str, tuple[Loss, Loss]] = {
     "DPO": _over_log_probs(_dpo),
     "ORPO": _over_log_probs(_orpo),
@@ -127,6 +155,8 @@ LOSSES: dict[str, tuple[Loss, Loss]] = {
     "CPO": _over_log_probs(_cpo),
     "KTO": _over_log_probs(_kto),
     "GRPO": _over_log_probs(_grpo),
+    "GKD": (_gkd_from_logits, _distillation(beta=0.5)),
+    "KL": (_kl_from_logits, _distillation(beta=0.0)),
 }
 """Name → (naive, ours): each from a batch to the loss, whose gradients of hidden states and weight are taken."""
 

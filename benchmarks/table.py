@@ -129,8 +129,8 @@ def section(results: dict[str, Any]) -> str:
         ]
     if results.get("losses"):
         parts += [
-            "The losses over log-probabilities, from a head's input and weight: GPU milliseconds of forward + backward "
-            "and peak MiB, with the whole logits and with `linear_log_prob`:",
+            "The losses of alignment and distillation, from a head's input and weight: GPU milliseconds of forward "
+            "+ backward and peak MiB, with the whole logits and without:",
             "\n".join(_losses(results)),
         ]
     if results["steps"]:
