@@ -1,15 +1,23 @@
-"""What several tests use: the size of a chunk, and a record of what was allocated."""
+"""What several tests use: the size of a chunk, a record of what was allocated, a model with and without our loss."""
 
 from __future__ import annotations
 
+import copy
 import weakref
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaForCausalLM
 
+from liger.adapter import Adapter
+from liger.causal_lm import CausalLM
 from liger.ops import linear_chunks
+from liger.patch import apply_adapters
+from liger.testing import TINY
+from liger.testing.tiny import batch, build
 
 
 @pytest.fixture
@@ -63,3 +71,19 @@ def allocations():
         return mode
 
     return record
+
+
+@pytest.fixture
+def pair(device):
+    """(stock, patched) of the same weights; only the loss is patched."""
+    stock = build(LlamaForCausalLM, LlamaConfig(**TINY), device)
+    patched = copy.deepcopy(stock)
+    adapter = Adapter(modeling="transformers.models.llama.modeling_llama", head=CausalLM("LlamaForCausalLM"))
+    apply_adapters(patched, [adapter], loss="linear")
+    return stock, patched
+
+
+@pytest.fixture
+def inputs(device):
+    """Ids and labels for `pair`."""
+    return batch(TINY["vocab_size"], device)

@@ -8,8 +8,8 @@ The model's forward is not restated. It runs as it is, with two of its parts ans
     self.loss_function(...)  returns that loss; what the model then adds to it (a router's auxiliary loss) it adds
 
 Whatever differs from what this file knows (another loss function or keyword, other labels than the forward was given, a
-head that is not the plain Linear, a hook that wants to see logits) takes real logits, and the fused cross entropy or the
-model's own loss.
+head that is not the plain Linear, a hook that wants to see logits) takes real logits, and the fused cross entropy or
+the model's own loss.
 """
 
 from __future__ import annotations

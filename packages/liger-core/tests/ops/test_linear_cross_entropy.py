@@ -133,6 +133,12 @@ def test_all_logits_but_one_minus_infinity(device, path, dtype, reduction):
     assert all(torch.equal(g, torch.zeros_like(g)) for g in gradients)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_many_rows_of_an_odd_vocabulary_match_fp64(device, path, dtype):
+    """From 128 rows on, columns beside whole lines are multiplied apart."""
+    check(*some(131, 8, 1091, device, dtype, ignored=[5]))
+
+
 @pytest.mark.parametrize("columns", [1091, 9001])
 def test_memory_beside_the_rows_counts_for_nothing(device, path, columns):
     options = Options(ignore_index=-100, label_smoothing=0.1, z_loss=1e-3, softcap=3.0, logit_scale=0.5)

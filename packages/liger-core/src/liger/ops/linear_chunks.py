@@ -60,19 +60,32 @@ def empty_logits(like: Tensor, rows: int, columns: int, dtype: torch.dtype) -> T
     return like.new_empty((rows, -(-columns // line) * line), dtype=dtype)[:, :columns]
 
 
-def _parts(columns: int) -> list[slice]:
-    """The columns: where their number would take cuBLAS to its slow kernels, the few beside whole lines, then those."""
+def _parts(rows: int, columns: int) -> list[slice | None]:
+    """The columns that are multiplied together; None: all.
+
+    At 16384×4096×32001 cuBLAS takes 85 ms in the place of 19 for the three products of all columns. Those beside whole
+    lines come first: what they add to dx is small, and rounded again.
+    """
     whole = columns // _LINE * _LINE
-    return [slice(whole, columns), slice(0, whole)] if 16 * _LINE < whole < columns else [slice(0, columns)]
+    splits = rows >= _TILE and 16 * _LINE < whole < columns
+    return [slice(whole, columns), slice(0, whole)] if splits else [None]
+
+
+def _rows(tensor: Tensor, part: slice | None) -> Tensor:
+    return tensor if part is None else tensor[part]
+
+
+def _columns(tensor: Tensor, part: slice | None) -> Tensor:
+    return tensor if part is None else tensor[:, part]
 
 
 def project(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
     """`out` = x Wᵀ + b, all of one dtype."""
-    for part in _parts(weight.shape[0]):
+    for part in _parts(x.shape[0], weight.shape[0]):
         if bias is None:
-            torch.mm(x, weight[part].t(), out=out[:, part])
+            torch.mm(x, _rows(weight, part).t(), out=_columns(out, part))
         else:
-            torch.addmm(bias[part], x, weight[part].t(), out=out[:, part])
+            torch.addmm(_rows(bias, part), x, _rows(weight, part).t(), out=_columns(out, part))
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
@@ -110,15 +123,14 @@ def empty_gradients(
 def through_chunks(
     input: Tensor, weight: Tensor, bias: Tensor | None, compute_dtype: torch.dtype,
     fill: Callable[[Tensor, slice], None], needs: Needs, gradients: Gradients, *, buffers: int = 1,
-    share_of_dw: float = 1.0, planned_columns: int | None = None,
+    planned_columns: int | None = None,
 ) -> None:  # fmt: skip
     """Call `fill(logits, rows)` with every chunk's logits, and fill `gradients` from what it leaves in their place.
 
     The rows of logits have memory to spare, up to `logits.stride(0)` columns.
 
-    `buffers`: how many tensors of the logits' size the op holds for a chunk. `share_of_dw`: how much of the memory that
-    dW takes a chunk may take as well, for fewer additions to dW. `planned_columns`: how many rows of the weight the
-    chunks are planned for; where ranks hold parts of it, all must go through the same chunks.
+    `buffers`: how many tensors of the logits' size the op holds for a chunk. `planned_columns`: how many rows of the
+    weight the chunks are planned for; where ranks hold parts of it, all must go through the same chunks.
     """
     dx, dw, db = gradients
     needs_input, needs_weight, needs_bias = needs
@@ -128,7 +140,7 @@ def through_chunks(
         db.zero_()
     budget = min(CPU_CHUNK_BYTES, CHUNK_BYTES) if input.device.type == "cpu" else None
     planned = planned_columns or columns
-    beside = int(planned * input.shape[1] * dw.element_size() * share_of_dw) if needs_weight else 0
+    beside = planned * input.shape[1] * dw.element_size() if needs_weight else 0
     parts = chunks(rows, planned, compute_dtype.itemsize * buffers, beside, budget)
     longest = max((stop - start for start, stop in parts), default=0)
     buffer = empty_logits(input, longest, columns, compute_dtype)
@@ -143,11 +155,12 @@ def through_chunks(
         logits = buffer[: stop - start]
         project(x, w, b, logits)
         fill(logits, slice(start, stop))
-        for number, part in enumerate(_parts(columns)):
+        for number, part in enumerate(_parts(stop - start, columns)):
+            gradient = _columns(logits, part)
             if needs_input:
-                _add_product(dx[start:stop], logits[:, part], w[part], first=number == 0)
+                _add_product(dx[start:stop], gradient, _rows(w, part), first=number == 0)
             if needs_weight:
-                _add_product(total[part], logits[:, part].t(), x, first=start == 0)
+                _add_product(_rows(total, part), gradient.t(), x, first=start == 0)
         if needs_bias and start == 0:
             torch.sum(logits, 0, dtype=db.dtype, out=db)
         elif needs_bias:

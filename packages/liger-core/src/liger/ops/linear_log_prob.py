@@ -35,9 +35,6 @@ from liger.ops.log_prob_rows import differentiate_rows, measure_rows
 from liger.ops.loss_rows import Options
 from liger.ops.once_differentiable import once_differentiable
 
-_SHARE_OF_DW = 0.75
-"""How much of dW's memory a chunk may take: at 16384×2048×128256, 11 additions to dW and not 8, for 125 MiB less."""
-
 
 class LogProb(NamedTuple):
     """What `linear_log_prob` returns: three tensors of the target's shape."""
@@ -95,7 +92,7 @@ def _run_backward(
         upstream = (None if g is None else g[rows] for g in (log_prob_gradient, entropy_gradient))
         differentiate_rows(logits, target[rows], options, temperature, statistics[rows], *upstream)
 
-    through_chunks(input, weight, bias, compute_dtype, fill, needs, gradients, share_of_dw=_SHARE_OF_DW)
+    through_chunks(input, weight, bias, compute_dtype, fill, needs, gradients)
     return gradients
 
 
