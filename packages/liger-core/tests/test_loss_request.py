@@ -1,4 +1,4 @@
-"""What a forward with labels returns: gradients through the head, the memory they cost, and logits for who reads them."""
+"""What a forward with labels returns: gradients through the head, what they cost, and logits for who reads them."""
 
 from __future__ import annotations
 
