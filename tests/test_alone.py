@@ -31,7 +31,7 @@ for key, installed in liger.adapters().items():
     adapter = installed.load()
     cls = getattr(adapter.module(), adapter.heads[0].model)
     config = cls.config_class()
-    if getattr(config, "head_dim", 0) is None:  # Ministral's, which its own attention cannot do without
+    if vars(config).get("head_dim", 0) is None:  # Ministral's, which its own attention cannot do without
         config.head_dim = 64
     with torch.device("meta"):
         model = cls(config)
