@@ -3,10 +3,12 @@
 The numbers that are not here:
 
 21  DDP, FSDP, ZeRO-3 with a trainable head, all ranks' gradients: `tests/distributed`
-24  one denominator for accumulated and parallel batches: `tests/distributed`, "ddp, num_items_in_batch", and
-    `test_num_items_in_batch` of the contract
-25  logits, evaluation and generation beside a fused loss: the contract (`test_logits_are_there_for_who_reads_them`,
-    `test_without_labels_nothing_of_the_loss_differs`, `test_generate`) and liger-core's `test_causal_lm.py`
+22  adapters on or around the head: `tests/test_peft.py`
+24  one denominator for accumulated and parallel batches: `tests/test_trainer.py`, and `tests/distributed`, "ddp,
+    num_items_in_batch"
+25  logits, evaluation and generation beside a fused loss: `tests/test_trainer.py`, the contract
+    (`test_logits_are_there_for_who_reads_them`, `test_without_labels_nothing_of_the_loss_differs`, `test_generate`)
+    and liger-core's `test_causal_lm.py`
 """
 
 from __future__ import annotations
