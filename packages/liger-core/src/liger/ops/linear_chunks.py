@@ -90,10 +90,12 @@ def project(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
     """`total` += a b, or = a b for the first; rounded once, to the dtype of `total`."""
-    beta = 0 if first else 1  # with 0, what is in `total` is not read
-    if total.dtype == a.dtype:
-        torch.addmm(total, a, b, beta=beta, out=total)
+    if total.dtype == a.dtype and first:
+        torch.mm(a, b, out=total)
+    elif total.dtype == a.dtype:
+        torch.addmm(total, a, b, out=total)
     elif total.is_cuda and total.dtype == torch.float32:
+        beta = 0 if first else 1  # with 0, what is in `total` is not read
         torch.addmm(total, a, b, out_dtype=total.dtype, beta=beta, out=total)
     elif first:
         total.copy_(a @ b)
