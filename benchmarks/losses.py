@@ -6,9 +6,9 @@ measures them.
 
 from __future__ import annotations
 
-import gc
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.experts import Record
-from benchmarks.measure import gpu_ms, peak_mib, wall_ms
+from benchmarks.measure import gpu_ms, or_say_why, peak_mib, wall_ms
 from liger import losses
 from liger.ops import linear_distillation, linear_log_prob
 
@@ -179,18 +179,6 @@ def _figures(loss: Loss, batch: Batch, device: torch.device) -> Record:
     }
 
 
-def _attempt(loss: Loss, batch: Batch, device: torch.device) -> Record:
-    """The figures, or what went wrong: where the logits need more memory than there is, that is the result."""
-    try:
-        return _figures(loss, batch, device)
-    except Exception as error:
-        return {"failed": f"{type(error).__name__}: {error}"[:500]}
-    finally:
-        gc.collect()
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
-
-
 def _say(name: str, sizes: Sizes, way: str, record: Record) -> None:
     shown = "  ".join(f"{key} {value:,.3f}" for key, value in record.items() if isinstance(value, float))
     print(f"losses   {name:<6} {sizes!s:<34} {way:<8} {shown or record}", flush=True)
@@ -204,7 +192,10 @@ def all_losses(
     batch = Batch(sizes, device)
     results: list[dict[str, Any]] = []
     for name, ways in LOSSES.items():
-        measured = {way: _attempt(loss, batch, device) for way, loss in zip((NAIVE, OURS), ways, strict=True)}
+        measured = {
+            way: or_say_why(partial(_figures, loss, batch, device), device)
+            for way, loss in zip((NAIVE, OURS), ways, strict=True)
+        }
         for way, record in measured.items():
             _say(name, sizes, way, record)
         results.append({"loss": name, "shape": str(sizes), **measured})

@@ -147,14 +147,19 @@ def measure(case: Case, load: Callable[[], Callable[..., Any]], device: torch.de
     return record
 
 
-def measure_or_say_why(case: Case, name: str, device: torch.device) -> Record:
-    """`measure`, or what went wrong: a peer that fails at a shape is a result."""
-    torch._dynamo.reset()
+def or_say_why(figures: Callable[[], Record], device: torch.device) -> Record:
+    """The figures, or what went wrong: a peer that fails at a shape, for want of memory say, is a result."""
     try:
-        return measure(case, case.peers[name], device)
+        return figures()
     except Exception as error:
         return {"failed": f"{type(error).__name__}: {error}"[:500]}
     finally:
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
+
+
+def measure_or_say_why(case: Case, name: str, device: torch.device) -> Record:
+    """`measure`, or what went wrong."""
+    torch._dynamo.reset()
+    return or_say_why(lambda: measure(case, case.peers[name], device), device)

@@ -31,7 +31,7 @@ NCCL = [
 
 
 def shared(request, tmp_path_factory, device, world):
-    """The outcomes of the cases that this session has selected; the first of xdist's workers that asks runs them."""
+    """The outcomes of the cases that pytest has selected; the first of xdist's workers that asks runs them."""
     fixture = f"on_{device}_{world}"
     names = [i.callspec.params["name"] for i in request.session.items if fixture in getattr(i, "fixturenames", ())]
     base = tmp_path_factory.getbasetemp()
