@@ -11,7 +11,8 @@ from torch import nn
 
 from liger.adapter import Adapter
 from liger.layers import Stock
-from liger.patch import LINEAR, TRUE, Patch, apply_adapters
+from liger.patch import Patch, apply_adapters
+from liger.switches import LINEAR, TRUE
 
 
 class FuturePatch(Patch):

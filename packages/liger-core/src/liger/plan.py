@@ -1,0 +1,217 @@
+"""What of a model would be swapped, what not, and why. `plan` changes nothing; `patch` carries it out."""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from types import FunctionType
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from torch import nn
+
+from liger.adapter import Adapter
+from liger.subclass import (
+    Swappable,
+    function_class,
+    head_class,
+    layer_class,
+    model_class,
+    parallel_head_class,
+    recompute_class,
+)
+from liger.switches import DEFAULTS, Part, Switches
+
+if TYPE_CHECKING:
+    from liger.causal_lm import CausalLM
+
+FUSED = "linear_cross_entropy"
+_RECOMPUTES = "the outputs of its norms and gated activations are not kept, but computed again in backward"
+
+
+class Swapped(NamedTuple):
+    """One module that runs a kernel: its name in the model, its class, and what it runs."""
+
+    name: str
+    kind: Part
+    cls: str
+    runs: str
+
+
+class Declined(NamedTuple):
+    """One module that keeps its own forward, and why."""
+
+    name: str
+    kind: Part
+    cls: str
+    reason: str
+
+
+class Swap(NamedTuple):
+    """A module, its class, and the subclass of it that runs the kernel."""
+
+    module: nn.Module
+    before: type[nn.Module]
+    after: type[nn.Module]
+
+
+@dataclass
+class Plan:
+    """What `apply` would do to a model. Print it."""
+
+    swapped: list[Swapped] = field(default_factory=list)
+    declined: list[Declined] = field(default_factory=list)
+    already: list[str] = field(default_factory=list)
+    """Names of modules that an earlier `apply` has swapped; they are left alone."""
+    _swaps: list[Swap] = field(default_factory=list, repr=False)
+
+    def __str__(self) -> str:
+        lines = []
+        width = max((len(kind) for _, kind, *_ in (*self.swapped, *self.declined)), default=0)
+        for (kind, cls, runs), count in Counter((s.kind, s.cls, s.runs) for s in self.swapped).items():
+            lines.append(f"  {kind:{width}}  {count} × {cls} → {runs}")
+        for (kind, cls, reason), count in Counter((d.kind, d.cls, d.reason) for d in self.declined).items():
+            lines.append(f"  {kind:{width}}  {count} × {cls} declined: {reason}")
+        if self.already:
+            lines.append(f"  {len(self.already)} modules had been patched before and were left as they are")
+        return "\n".join([f"liger.{type(self).__name__}", *(lines or ["  nothing to swap"])])
+
+
+class _Proposal(NamedTuple):
+    """To swap one module for `subclass(its class, recipe)`, unless there is a reason against it."""
+
+    name: str
+    module: nn.Module
+    kind: Part
+    cls: str
+    runs: str
+    reason: str | None
+    subclass: Callable[..., type[nn.Module]]
+    recipe: Any
+
+
+def plan(model: nn.Module, adapters: Iterable[Adapter], switches: Switches = DEFAULTS) -> Plan:
+    """What `liger.apply` would do to `model` with these adapters. Changes nothing.
+
+    The model may be on the meta device: no weight is read. `liger.discover.adapters_for(model)` has the installed
+    adapters that it needs, and raises where there is none.
+
+    Returns:
+        The Plan: print it, or read its `swapped` and `declined`. What was asked for by name and can be applied nowhere
+        is an error in `apply` only; here it stands among the declined.
+    """
+    found = Plan()
+    for adapter in adapters:
+        for name, module in model.named_modules():
+            parent = model.get_submodule(name.rpartition(".")[0])
+            _add(found, _kernels(adapter, name, module, type(parent), switches))
+    if switches.recompute:
+        _add(found, _recompute(model, {swap.module: swap.after for swap in found._swaps}))
+    return found
+
+
+def _add(found: Plan, proposals: Iterable[_Proposal]) -> None:
+    for name, module, kind, cls, runs, reason, subclass, recipe in proposals:
+        if isinstance(module, Swappable):
+            found.already.append(name)
+        elif reason is not None:
+            found.declined.append(Declined(name, kind, cls, reason))
+        else:
+            found.swapped.append(Swapped(name, kind, cls, runs))
+            found._swaps.append(Swap(module, type(module), subclass(type(module), recipe)))
+
+
+def _kernels(adapter: Adapter, name: str, module: nn.Module, parent: type, switches: Switches) -> Iterator[_Proposal]:
+    """What `adapter` says about this one module."""
+    for target, cls, layer in adapter.layers_of(type(module), parent):
+        if getattr(switches, layer.kind):
+            reason = _overridden(module, cls, layer.method) or layer.declines(module)
+            yield _Proposal(name, module, layer.kind, target, repr(layer), reason, layer_class, layer)
+    ours: list[Any] = [c for c in type(module).__mro__ if c.__module__ == adapter.modeling]
+    for cls in (c for c in ours if not issubclass(c, Swappable)):
+        if switches.rope:
+            yield from _rope(adapter, name, module, cls)
+        for spec in adapter.heads:
+            if cls.__name__ == spec.model and switches.loss:
+                yield from _loss(spec, name, module, cls, switches)
+
+
+def _rope(adapter: Adapter, name: str, module: nn.Module, cls: type[nn.Module]) -> Iterator[_Proposal]:
+    named = _names_in(cls)
+    used = {function: op for function, op in adapter.functions.items() if function in named}
+    if not used:
+        return
+    ops = tuple((function, op) for function, op in used.items() if not isinstance(op, str))
+    reason = _overridden(module, cls, "forward") or _wrapped(cls)
+    for function, op in used.items():
+        reason = reason or _differs(getattr(adapter.module(), function), op, adapter.modeling)
+    runs = ", ".join(op.__name__ for _, op in ops)
+    yield _Proposal(name, module, "rope", cls.__name__, runs, reason, function_class, ops)
+
+
+def _loss(spec: CausalLM, name: str, model: nn.Module, cls: type[nn.Module], switches: Switches) -> Iterator[_Proposal]:
+    declined = _overridden(model, cls, "forward") or spec.declines(model)
+    runs = "cross_entropy of the logits"
+    if switches.loss == "linear" and declined is None:
+        for head_name, head in spec.heads(model).items():
+            reason = spec.head_declines(head)
+            if reason is None:
+                runs = "the loss of its head"
+            subclass = parallel_head_class if reason is None and "forward" in vars(head) else head_class
+            path = f"{name}.{head_name}".lstrip(".")
+            yield _Proposal(path, head, "loss", type(head).__name__, FUSED, reason, subclass, spec)
+    yield _Proposal(name, model, "loss", cls.__name__, runs, declined, model_class, spec)
+
+
+def _recompute(model: nn.Module, planned: dict[nn.Module, type[nn.Module]]) -> Iterator[_Proposal]:
+    """The backbones: the innermost transformers models that hold a module which runs a Layer."""
+    from transformers import PreTrainedModel
+
+    backbones: dict[str, Any] = {}
+    for name, module in model.named_modules():
+        cls = planned.get(module, type(module))
+        if issubclass(cls, Swappable) and cls._recipe[0] is layer_class:
+            parents = ["", *itertools.accumulate(name.split(".")[:-1], "{}.{}".format)]
+            owners = [parent for parent in parents if isinstance(model.get_submodule(parent), PreTrainedModel)]
+            if owners:
+                backbones[owners[-1]] = model.get_submodule(owners[-1])
+    for name, backbone in backbones.items():
+        reason = _overridden(backbone, type(backbone), "forward")
+        if backbone in planned:
+            reason = "its class is swapped for another part already"
+        cls_name = type(backbone).__name__
+        yield _Proposal(name, backbone, "recompute", cls_name, _RECOMPUTES, reason, recompute_class, None)
+
+
+def _overridden(module: nn.Module, cls: type[nn.Module], method: str) -> str | None:
+    """Why the `method` that `module` runs is not the one that `cls` was known by."""
+    if method in vars(module):
+        return f"its {method} was replaced on the instance"
+    definer = next((c for c in type(module).__mro__ if method in vars(c)), cls)
+    if definer is not cls and issubclass(definer, cls) and not issubclass(definer, Swappable):
+        return f"{definer.__module__}.{definer.__qualname__} overrides its {method}"
+    return None
+
+
+def _names_in(cls: type[nn.Module]) -> tuple[str, ...]:
+    """The global names that the class's own forward uses, looked at behind its decorators."""
+    forward = vars(cls).get("forward")
+    return inspect.unwrap(forward).__code__.co_names if isinstance(forward, FunctionType) else ()
+
+
+def _wrapped(cls: type[nn.Module]) -> str | None:
+    """Why the globals of the class's forward cannot be replaced: a decorator holds the function that uses them."""
+    forward = vars(cls)["forward"]
+    return None if inspect.unwrap(forward) is forward else f"{cls.__name__}.forward is wrapped by a decorator"
+
+
+def _differs(function: Any, op: Callable[..., Any] | str, modeling: str) -> str | None:
+    """Why `op` may not stand for `function`, or None."""
+    if isinstance(op, str):
+        return f"{function.__name__} {op}"
+    if not isinstance(function, FunctionType) or function.__module__ != modeling:
+        return f"{modeling} holds {function!r} in its own function's place"
+    theirs, ours = ([(p.name, p.default) for p in inspect.signature(f).parameters.values()] for f in (function, op))
+    return None if theirs == ours else f"{function.__name__} takes {theirs}, {op.__name__} takes {ours}"
