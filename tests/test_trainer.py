@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import copy
+import shutil
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
-from transformers import LlamaConfig, Trainer, TrainingArguments
-from transformers.models.llama.modeling_llama import LlamaForCausalLM
 
 import liger
 from liger.lazy_logits import LazyLogits
 from liger.ops import launch
 from liger.testing import TINY
+from liger.testing.parity import MODEL_DEPTH, assert_each_as_exact_as
 from liger.testing.plugin import HAS_GPU
-from liger.testing.tiny import batch, build
+from liger.testing.tiny import batch
+
+sys.path.insert(0, str(Path(__file__).parent))
+from tiny_trainer import logged, losses_and_norms, samples, stock_and_patched, tiny_llama, trainer
 
 accelerate = pytest.importorskip("accelerate")
 
@@ -40,48 +45,12 @@ def reads(monkeypatch):
     return reads
 
 
-def stock_and_patched(device):
-    stock = build(LlamaForCausalLM, LlamaConfig(**TINY, use_cache=False), device)
-    patched = copy.deepcopy(stock)
-    liger.apply(patched)
-    return stock, patched
-
-
-def samples(count=32, length=10):
-    """Rows of one length of which the first, few or many, tokens have no label."""
-    generator = torch.Generator().manual_seed(2)
-    ids = torch.randint(3, TINY["vocab_size"], (count, length), generator=generator)
-    masked = torch.randint(length, (count, 1), generator=generator)
-    labels = ids.masked_fill(torch.arange(length) < masked, -100)
-    return [{"input_ids": row, "labels": label} for row, label in zip(ids, labels, strict=True)]
-
-
-def trainer(model, tmp_path, *, metrics=None, preprocess=None, **options):
-    arguments = TrainingArguments(
-        output_dir=str(tmp_path),
-        use_cpu=not HAS_GPU,
-        report_to=[],
-        save_strategy="no",
-        logging_steps=1,
-        disable_tqdm=True,
-        learning_rate=1e-2,
-        dataloader_pin_memory=False,
-        **options,
-    )
-    return Trainer(
-        model,
-        arguments,
-        train_dataset=samples(),
-        eval_dataset=samples(12),
-        compute_metrics=metrics,
-        preprocess_logits_for_metrics=preprocess,
-    )
-
-
-def logged(model, tmp_path, **options):
-    run = trainer(model, tmp_path, max_steps=4, **options)
-    run.train()
-    return torch.tensor([[entry["loss"], entry["grad_norm"]] for entry in run.state.log_history if "loss" in entry])
+@pytest.fixture
+def fresh_accelerate():
+    """Accelerate holds one state for the process, and refuses another precision."""
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.mark.parametrize("adapter", [None, "lm_head"])
@@ -101,12 +70,67 @@ def test_eight_batches_of_one_train_as_one_batch_of_eight(device, tmp_path, adap
         torch.testing.assert_close(log, logs[0], rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("options", [{"label_smoothing_factor": 0.1}, {"bf16": True}], ids=str)
-def test_options_of_the_trainer_that_concern_the_loss(device, tmp_path, reads, options):
+CHECKPOINTED = {"gradient_checkpointing": True}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"label_smoothing_factor": 0.1},
+        {"neftune_noise_alpha": 5.0},
+        CHECKPOINTED,
+        {**CHECKPOINTED, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
+        {**CHECKPOINTED, "bf16": True, "gradient_accumulation_steps": 2},
+        {"bf16": True},
+        pytest.param({"fp16": True}, marks=pytest.mark.gpu),  # accelerate has no fp16 on the CPU
+    ],
+    ids=str,
+)
+def test_options_of_the_trainer(device, tmp_path, reads, fresh_accelerate, options):
     stock, patched = (logged(model, tmp_path, **options) for model in stock_and_patched(device))
-    tolerance = 2e-2 if "bf16" in options else 1e-4
+    tolerance = 2e-2 if {"bf16", "fp16"} & options.keys() else 1e-4
     torch.testing.assert_close(patched, stock, rtol=tolerance, atol=tolerance)
     assert not reads
+
+
+def test_autocast_in_fp16(device):
+    """On the CPU too, where the Trainer has no fp16: against the stock model's error of an fp32 step."""
+    stock, patched = stock_and_patched(device)
+    inputs = batch(TINY["vocab_size"], device)
+    with torch.autocast(device.type, torch.float16):
+        losses = [model(**inputs).loss for model in (patched, stock)]
+    exact = copy.deepcopy(stock)
+    for loss in (*losses, exact(**inputs).loss):
+        loss.backward()
+    assert losses[0].dtype == torch.float32
+    named = zip(patched.named_parameters(), stock.parameters(), exact.parameters(), strict=True)
+    gradients = {name: (ours.grad, theirs.grad, e.grad) for (name, ours), theirs, e in named}
+    assert_each_as_exact_as(gradients, depth=MODEL_DEPTH, alone_from=None)
+
+
+@pytest.mark.parametrize(
+    "backend",
+    [
+        "aot_eager",
+        pytest.param(
+            "inductor",
+            marks=pytest.mark.skipif(not HAS_GPU and not shutil.which("g++"), reason="inductor needs a C++ compiler"),
+        ),
+    ],
+)
+def test_a_compiled_trainer_trains_and_evaluates_as_an_eager_one(device, tmp_path, fresh_accelerate, backend):
+    stock = tiny_llama(device, num_hidden_layers=1)
+    patched = copy.deepcopy(stock)
+    liger.apply(patched)
+    compiled = {"torch_compile": True, "torch_compile_backend": backend}
+    runs = [trainer(stock, tmp_path, max_steps=3), trainer(patched, tmp_path, max_steps=3, **compiled)]
+    for run in runs:
+        run.train()
+    assert isinstance(runs[1].model_wrapped, torch._dynamo.OptimizedModule)
+    torch.testing.assert_close(losses_and_norms(runs[1]), losses_and_norms(runs[0]), rtol=1e-4, atol=1e-4)
+    if backend != "inductor" or HAS_GPU:  # its C++ compiler takes as long again for the evaluation's graph
+        theirs, ours = (run.evaluate()["eval_loss"] for run in runs)
+        assert ours == pytest.approx(theirs, rel=1e-4)
 
 
 def accuracy(prediction):
@@ -153,14 +177,6 @@ def test_predict_returns_the_logits(device, tmp_path):
         for model in stock_and_patched(device)
     )
     torch.testing.assert_close(torch.tensor(patched.predictions), torch.tensor(stock.predictions))
-
-
-@pytest.fixture
-def fresh_accelerate():
-    """Accelerate holds one state for the process, and refuses another precision."""
-    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def test_accelerate_gathers_pads_and_converts_outputs(device, fresh_accelerate, reads):
