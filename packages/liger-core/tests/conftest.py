@@ -14,7 +14,7 @@ from transformers.models.llama.modeling_llama import LlamaForCausalLM
 
 from liger.adapter import Adapter
 from liger.causal_lm import CausalLM
-from liger.ops import linear_chunks
+from liger.ops import linear_chunks, linear_slices
 from liger.patch import apply_adapters
 from liger.testing import TINY
 from liger.testing.tiny import batch, build
@@ -22,13 +22,17 @@ from liger.testing.tiny import batch, build
 
 @pytest.fixture
 def chunk_rows(monkeypatch):
-    """Sets how many rows a chunk has."""
+    """Sets how many rows a chunk has, and into how many slices of classes a block of so many rows is cut."""
 
-    def set_rows(size):
+    def set_rows(size, slices=3):
         def fixed(rows, *_):
             return [(start, min(start + size, rows)) for start in range(0, rows, size)]
 
+        def grid(rows, width, columns, *_):
+            return fixed(rows), linear_chunks.edges(columns, -(-columns // slices), 1)
+
         monkeypatch.setattr(linear_chunks, "chunks", fixed)
+        monkeypatch.setattr(linear_slices, "grid", grid)
 
     return set_rows
 

@@ -24,20 +24,21 @@ CHUNK_BYTES = 256 * 2**20
 CPU_CHUNK_BYTES = 8 * 2**20
 """The same on a CPU, where the reference makes several tensors of a chunk's size."""
 
-_TILE = 128  # rows that the matmuls work on at once
-_LINE = 64  # columns: rows that start 128 bytes apart, or a multiple of that, are read and written 16 bytes at a time
+TILE = 128  # rows that the matmuls work on at once
+LINE = 64  # columns: rows that start 128 bytes apart, or a multiple of that, are read and written 16 bytes at a time
 _ROWS_PER_UPDATE = 1280  # rows whose product with x takes longer than reading and writing dW
-_UPDATES = 8  # rounded this often, a sum in bf16 has 1.5 times the error of one product; 16 times 2.0, 64 times 3.8
+UPDATES = 8  # rounded this often, a sum in bf16 has 1.5 times the error of one product; 16 times 2.0, 64 times 3.8
 
 _NAMES = ("input", "linear_weight", "linear_bias")
 
 Gradients = tuple[Tensor, Tensor, Tensor]
 Needs = tuple[bool, bool, bool]
+Spans = list[tuple[int, int]]
 
 
 def chunks(
     rows: int, columns: int, itemsize: int, weight_gradient_bytes: int = 0, chunk_bytes: int | None = None
-) -> list[tuple[int, int]]:
+) -> Spans:
     """(start, stop) of every chunk of rows, all of a size within one tile of 128 rows.
 
     A chunk takes at most `chunk_bytes` (CHUNK_BYTES). Where dW is computed, every chunk reads, adds to and rounds all
@@ -45,18 +46,23 @@ def chunks(
     """
     most = (chunk_bytes or CHUNK_BYTES) // (columns * itemsize)
     if weight_gradient_bytes:
-        wanted = max(_ROWS_PER_UPDATE, -(-rows // _UPDATES))
+        wanted = max(_ROWS_PER_UPDATE, -(-rows // UPDATES))
         most = max(most, min(wanted, weight_gradient_bytes // (columns * itemsize)))
-    tile = _TILE if most >= _TILE else 1
-    tiles = -(-rows // tile)
+    return edges(rows, most, TILE)
+
+
+def edges(length: int, most: int, tile: int) -> Spans:
+    """(start, stop) of parts of `length`: of at most `most`, and all of a size within one tile, where `most` holds one."""
+    tile = tile if most >= tile else 1
+    tiles = -(-length // tile)
     count = -(-tiles // max(most // tile, 1))
-    edges = [min(i * tiles // count * tile, rows) for i in range(count + 1)] if count else []
-    return list(itertools.pairwise(edges))
+    cuts = [min(i * tiles // count * tile, length) for i in range(count + 1)] if count else []
+    return list(itertools.pairwise(cuts))
 
 
 def empty_logits(like: Tensor, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
     """(rows, columns) on the device of `like`, not yet filled; where columns are many, rows start at whole lines."""
-    line = _LINE if columns > 16 * _LINE else 1
+    line = LINE if columns > 16 * LINE else 1
     return like.new_empty((rows, -(-columns // line) * line), dtype=dtype)[:, :columns]
 
 
@@ -66,8 +72,8 @@ def _parts(rows: int, columns: int) -> list[slice | None]:
     At 16384×4096×32001 cuBLAS takes 85 ms in the place of 19 for the three products of all columns. Those beside whole
     lines come first: what they add to dx is small, and rounded again.
     """
-    whole = columns // _LINE * _LINE
-    splits = rows >= _TILE and 16 * _LINE < whole < columns
+    whole = columns // LINE * LINE
+    splits = rows >= TILE and 16 * LINE < whole < columns
     return [slice(whole, columns), slice(0, whole)] if splits else [None]
 
 
@@ -88,7 +94,7 @@ def project(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None
             torch.addmm(_rows(bias, part), x, _rows(weight, part).t(), out=_columns(out, part))
 
 
-def _add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
+def add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
     """`total` += a b, or = a b for the first; rounded once, to the dtype of `total`."""
     if total.dtype == a.dtype and first:
         torch.mm(a, b, out=total)
@@ -147,7 +153,7 @@ def through_chunks(
     longest = max((stop - start for start, stop in parts), default=0)
     buffer = empty_logits(input, longest, columns, compute_dtype)
 
-    rounds_often = needs_weight and dw.element_size() == 2 and len(parts) > _UPDATES
+    rounds_often = needs_weight and dw.element_size() == 2 and len(parts) > UPDATES
     total = torch.empty_like(dw, dtype=torch.float32) if rounds_often else dw
 
     w = weight.to(compute_dtype)
@@ -160,9 +166,9 @@ def through_chunks(
         for number, part in enumerate(_parts(stop - start, columns)):
             gradient = _columns(logits, part)
             if needs_input:
-                _add_product(dx[start:stop], gradient, _rows(w, part), first=number == 0)
+                add_product(dx[start:stop], gradient, _rows(w, part), first=number == 0)
             if needs_weight:
-                _add_product(_rows(total, part), gradient.t(), x, first=start == 0)
+                add_product(_rows(total, part), gradient.t(), x, first=start == 0)
         if needs_bias and start == 0:
             torch.sum(logits, 0, dtype=db.dtype, out=db)
         elif needs_bias:

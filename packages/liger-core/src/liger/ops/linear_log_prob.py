@@ -3,13 +3,13 @@ r"""Linear layer and log-softmax in one: every token's log-probability and entro
     z = cap(logit_scale · (x Wᵀ + b)) / temperature            p = softmax(z)
     log_prob = log p_target                                    entropy = − Σ_j p_j log p_j
 
-Forward takes the rows in chunks (see `linear_chunks`) and keeps three numbers of each; backward computes the logits of
-each chunk again, turns them into their gradient in place (the formulas and the kernels are those of `log_prob_rows`),
-and uses them up in dx, dW and db before the next one. So both have an upstream gradient for every token, and a second
-backward through the same graph is as the first.
+Forward takes the rows in chunks (see `linear_chunks`) and keeps three numbers of each. With them, backward needs no
+whole rows: it computes the logits of a slice of classes again, turns them into their gradient in place (the formulas
+and the kernels are those of `log_prob_rows`), and uses them up in dx, dW and db before the next slice (see
+`linear_slices`). So both have an upstream gradient for every token, and a second backward through the same graph is as
+the first.
 
-Log-probabilities, entropies and softmax run in fp32 (fp64 inputs: all in fp64). dW is summed over the chunks in the
-weight's dtype (fp16: fp32, whose range the sum of a loss scaler's gradients needs), or in `accum_dtype`.
+Log-probabilities, entropies and softmax run in fp32 (fp64 inputs: all in fp64).
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ from torch import Tensor
 from liger.ops.cross_entropy import check_arguments, check_labels
 from liger.ops.linear_chunks import (
     Gradients,
-    check_accum_dtype,
     check_dtypes,
     check_layer,
     empty_gradients,
@@ -31,6 +30,7 @@ from liger.ops.linear_chunks import (
     needed,
     through_chunks,
 )
+from liger.ops.linear_slices import through_slices
 from liger.ops.log_prob_rows import differentiate_rows, measure_rows
 from liger.ops.loss_rows import Options
 from liger.ops.once_differentiable import once_differentiable
@@ -80,20 +80,20 @@ def _run_forward(
 def _run_backward(
     input: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, statistics: Tensor,
     log_prob_gradient: Tensor | None, entropy_gradient: Tensor | None, needs_input: bool, needs_weight: bool,
-    needs_bias: bool, accum_dtype: torch.dtype, compute_dtype: torch.dtype, temperature: float, ignore_index: int,
-    label_smoothing: float, z_loss: float, softcap: float | None, logit_scale: float,
+    needs_bias: bool, compute_dtype: torch.dtype, temperature: float, ignore_index: int, label_smoothing: float,
+    z_loss: float, softcap: float | None, logit_scale: float,
 ) -> Gradients:  # fmt: skip
     """(dx, dW, db) of (M, H) input; empty what is not needed. An upstream gradient that is None costs nothing."""
     options = Options(ignore_index, label_smoothing, z_loss, softcap, logit_scale)
-    needs = (needs_input, needs_weight, needs_bias)
-    gradients = empty_gradients(input, weight, needs, compute_dtype, accum_dtype)
 
-    def fill(logits: Tensor, rows: slice) -> None:
-        upstream = (None if g is None else g[rows] for g in (log_prob_gradient, entropy_gradient))
-        differentiate_rows(logits, target[rows], options, temperature, statistics[rows], *upstream)
+    def fill(logits: Tensor, rows: slice, first_class: int) -> None:
+        log_prob, entropy = (None if g is None else g[rows] for g in (log_prob_gradient, entropy_gradient))
+        differentiate_rows(
+            logits, target[rows], options, temperature, statistics[rows], log_prob, entropy, first_class,
+            weight.shape[0],
+        )  # fmt: skip
 
-    through_chunks(input, weight, bias, compute_dtype, fill, needs, gradients)
-    return gradients
+    return through_slices(input, weight, bias, compute_dtype, fill, (needs_input, needs_weight, needs_bias))
 
 
 # For torch.compile: dynamo sees two opaque operations, not loops to unroll. Outside they would only cost host time.
@@ -112,21 +112,21 @@ def _(
 def _(
     input: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, statistics: Tensor,
     log_prob_gradient: Tensor | None, entropy_gradient: Tensor | None, needs_input: bool, needs_weight: bool,
-    needs_bias: bool, accum_dtype: torch.dtype, compute_dtype: torch.dtype, *args: Any,
+    needs_bias: bool, compute_dtype: torch.dtype, *args: Any,
 ) -> Gradients:  # fmt: skip
-    return empty_gradients(input, weight, (needs_input, needs_weight, needs_bias), compute_dtype, accum_dtype)
+    return empty_gradients(input, weight, (needs_input, needs_weight, needs_bias), compute_dtype, weight.dtype)
 
 
 class _LinearLogProb(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor,
-        needs: tuple[bool, bool, bool], dtypes: tuple[torch.dtype, torch.dtype], temperature: float, options: Options,
+        needs: tuple[bool, bool, bool], compute_dtype: torch.dtype, temperature: float, options: Options,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         run = _forward_as_op if torch.compiler.is_compiling() else _run_forward
-        log_prob, entropy, is_top1, statistics = run(input, weight, bias, target, dtypes[1], temperature, *options)
+        log_prob, entropy, is_top1, statistics = run(input, weight, bias, target, compute_dtype, temperature, *options)
         ctx.save_for_backward(input, weight, bias, target, statistics)
-        ctx.needs, ctx.dtypes, ctx.temperature, ctx.options = needs, dtypes, temperature, options
+        ctx.needs, ctx.compute_dtype, ctx.temperature, ctx.options = needs, compute_dtype, temperature, options
         ctx.mark_non_differentiable(is_top1)
         ctx.set_materialize_grads(False)
         return log_prob, entropy, is_top1
@@ -139,8 +139,8 @@ class _LinearLogProb(torch.autograd.Function):
         input, weight, bias, target, statistics = ctx.saved_tensors
         run: Callable[..., Gradients] = _backward_as_op if torch.compiler.is_compiling() else _run_backward
         gradients = run(
-            input, weight, bias, target, statistics, log_prob_gradient, entropy_gradient, *ctx.needs, *ctx.dtypes,
-            ctx.temperature, *ctx.options,
+            input, weight, bias, target, statistics, log_prob_gradient, entropy_gradient, *ctx.needs,
+            ctx.compute_dtype, ctx.temperature, *ctx.options,
         )  # fmt: skip
         return *given(gradients, ctx.needs, weight, bias), *(None,) * 5
 
@@ -155,7 +155,6 @@ def linear_log_prob(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     ignore_index: int = -100,
-    accum_dtype: torch.dtype | None = None,
 ) -> LogProb:
     """Log-probability of each target, entropy and whether it is the argmax, without ever holding the logits.
 
@@ -172,8 +171,6 @@ def linear_log_prob(
         softcap: bound of the tanh on the scaled logits, None for none.
         logit_scale: multiplies the logits before the softcap.
         ignore_index: the target of tokens whose log_prob and entropy are 0, is_top1 False, and that have no gradient.
-        accum_dtype: in which the weight's gradient is summed over the chunks. None: in the weight's own (fp16: fp32).
-            torch.float32: rounded once, at the end; for a bf16 weight that takes three times the gradient's memory.
 
     Returns:
         (log_prob, entropy, is_top1), each (...); the first two fp32 (fp64 for fp64 inputs), is_top1 bool.
@@ -199,12 +196,10 @@ def linear_log_prob(
         raise ValueError(f"{op}: temperature must be positive, not {temperature}")
     check_labels(op, target, linear_weight.shape[0], ignore_index)
     compute_dtype = check_dtypes(op, input, linear_weight, linear_bias)
-    own = torch.float32 if linear_weight.dtype == torch.float16 else linear_weight.dtype
-    sum_dtype = check_accum_dtype(op, own, accum_dtype)
 
     x, labels = input.reshape(-1, input.shape[-1]), target.reshape(-1).contiguous()
     outputs = _LinearLogProb.apply(
-        x, linear_weight, linear_bias, labels, needed(x, linear_weight, linear_bias), (sum_dtype, compute_dtype),
+        x, linear_weight, linear_bias, labels, needed(x, linear_weight, linear_bias), compute_dtype,
         float(temperature), options,
     )  # fmt: skip
     return LogProb(*(t.view(target.shape) for t in outputs))

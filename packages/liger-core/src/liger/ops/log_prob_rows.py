@@ -16,7 +16,7 @@ All of it runs in fp32 (the reference on fp64: in fp64), and dx is rounded once.
 certainty, log p_t and the entropy have digits that a sum with m would have lost; a and gap are never negative.
 
 One kernel reads each logit once, for everything that forward returns. The other reads it once more, and writes the
-gradient in its place.
+gradient in its place; it needs only the columns that it is given, not the whole row.
 """
 
 from __future__ import annotations
@@ -54,11 +54,12 @@ def _reference_measure(
 
 def _reference_differentiate(
     logits: Tensor, target: Tensor, options: Options, temperature: float, statistics: Tensor,
-    log_prob_gradient: Tensor | None, entropy_gradient: Tensor | None,
+    log_prob_gradient: Tensor | None, entropy_gradient: Tensor | None, first_class: int,
 ) -> None:  # fmt: skip
     """`differentiate_rows` in plain torch."""
     counts = target != options.ignore_index
-    label = torch.where(counts, target, 0).long()[:, None]
+    place = target.long() - first_class
+    here = (place >= 0) & (place < logits.shape[-1])
     capped = reference_z(logits, options)
     top, above, gap = statistics.unbind(-1)
     below = (capped / temperature - top[:, None]).clamp_(min=_FAR)
@@ -67,7 +68,7 @@ def _reference_differentiate(
     h = zero if entropy_gradient is None else entropy_gradient
     dx = (below - above[:, None]).exp_()
     dx *= (g + h * gap)[:, None] if entropy_gradient is None else below.add_(gap[:, None]).mul_(h[:, None]) + g[:, None]
-    dx.neg_().scatter_add_(-1, label, g[:, None])
+    dx.neg_().scatter_add_(-1, torch.where(here, place, 0)[:, None], torch.where(here, g, 0.0)[:, None])
     if options.softcap is not None:
         dx *= 1 - (capped / options.softcap).square()
     logits.copy_(dx.mul_(options.logit_scale / temperature).masked_fill_(~counts[:, None], 0.0))
@@ -185,13 +186,14 @@ def _differentiate(
 @jit(
     varying=(
         "target", "statistics", "log_prob_gradient", "entropy_gradient", "log_prob_stride", "entropy_stride",
-        "ignore_index",
+        "first_class", "ignore_index",
     )
 )  # fmt: skip
 def _differentiate_kernel(
     logits, target, statistics, log_prob_gradient, entropy_gradient, logits_stride, log_prob_stride, entropy_stride,
-    columns, ignore_index, softcap, logit_scale, coldness, HAS_SCALE: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
-    HAS_LOG_PROB: tl.constexpr, HAS_ENTROPY: tl.constexpr, DEPTH: tl.constexpr, WIDTH: tl.constexpr,
+    columns, classes, first_class, ignore_index, softcap, logit_scale, coldness, HAS_SCALE: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr, HAS_LOG_PROB: tl.constexpr, HAS_ENTROPY: tl.constexpr, DEPTH: tl.constexpr,
+    WIDTH: tl.constexpr,
 ):  # fmt: skip
     tile = tl.arange(0, DEPTH)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
     whole = columns // (DEPTH * WIDTH) * (DEPTH * WIDTH)
@@ -212,8 +214,8 @@ def _differentiate_kernel(
         g, h = 0.0, 0.0
         if HAS_LOG_PROB:
             g = tl.load(log_prob_gradient + row * log_prob_stride)
-            g = tl.where((label >= 0) & (label < columns), g, float("nan"))
-        place = label.to(tl.int32)
+            g = tl.where((label >= 0) & (label < classes), g, float("nan"))
+        place = (label - first_class).to(tl.int32)
         if HAS_ENTROPY:
             h = tl.load(entropy_gradient + row * entropy_stride)
         for first in range(0, whole, DEPTH * WIDTH):
@@ -252,18 +254,21 @@ def measure_rows(
 
 def differentiate_rows(
     logits: Tensor, target: Tensor, options: Options, temperature: float, statistics: Tensor,
-    log_prob_gradient: Tensor | None, entropy_gradient: Tensor | None,
+    log_prob_gradient: Tensor | None, entropy_gradient: Tensor | None, first_class: int, classes: int,
 ) -> None:  # fmt: skip
-    """Overwrite (M, V) logits with their gradient, from `statistics` and the upstream gradients, (M,), any stride."""
+    """Overwrite logits with their gradient, from `statistics` and the upstream gradients, (M,), any stride.
+
+    logits: (M, some of the `classes`, from `first_class` on), rows any stride apart.
+    """
     rows, columns = logits.shape
+    upstream = (log_prob_gradient, entropy_gradient)
     if not runs_kernels(logits):
-        _reference_differentiate(logits, target, options, temperature, statistics, log_prob_gradient, entropy_gradient)
+        _reference_differentiate(logits, target, options, temperature, statistics, *upstream, first_class)
         return
     depth, width, warps = tile_of(columns, logits.element_size())
     launch(
-        _differentiate_kernel, (rows,), logits, target, statistics, log_prob_gradient, entropy_gradient,
-        logits.stride(0), 0 if log_prob_gradient is None else log_prob_gradient.stride(0),
-        0 if entropy_gradient is None else entropy_gradient.stride(0), columns, options.ignore_index,
+        _differentiate_kernel, (rows,), logits, target, statistics, *upstream, logits.stride(0),
+        *(0 if g is None else g.stride(0) for g in upstream), columns, classes, first_class, options.ignore_index,
         options.softcap or 1.0, options.logit_scale, 1 / temperature, HAS_SCALE=options.logit_scale != 1,
         HAS_SOFTCAP=options.softcap is not None, HAS_LOG_PROB=log_prob_gradient is not None,
         HAS_ENTROPY=entropy_gradient is not None, DEPTH=depth, WIDTH=width, num_warps=warps,
