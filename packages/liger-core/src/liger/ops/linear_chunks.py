@@ -52,7 +52,7 @@ def chunks(
 
 
 def edges(length: int, most: int, tile: int) -> Spans:
-    """(start, stop) of parts of `length`: of at most `most`, and all of a size within one tile, where `most` holds one."""
+    """(start, stop) of parts of `length`: at most `most` each, of a size within one tile, where `most` holds one."""
     tile = tile if most >= tile else 1
     tiles = -(-length // tile)
     count = -(-tiles // max(most // tile, 1))
