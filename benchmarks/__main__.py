@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
-import platform
 import time
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +15,9 @@ from benchmarks.experts import all_experts
 from benchmarks.losses import all_losses
 from benchmarks.measure import Record, copy_tb_s, measure_or_say_why, product_tflop_s
 from benchmarks.peers import NAMES, not_installed
-from benchmarks.step import MODELS, WAYS, training_steps
+from benchmarks.results_file import device_name, earlier, versions, write
+from benchmarks.step import MODELS, training_steps
+from benchmarks.training import WAYS
 
 OPS = tuple(dict.fromkeys(case.op for case in CASES))
 
@@ -43,12 +42,8 @@ def _arguments() -> argparse.Namespace:
 
 def _kept(file: Path, device: str) -> dict[str, Any]:
     """What an earlier run wrote there: its cases, experts, losses and steps."""
-    if not file.exists():
-        return {}
-    earlier: dict[str, Any] = json.loads(file.read_text("utf-8"))
-    if earlier["device"] != device:
-        raise SystemExit(f"--add: {file} is of {earlier['device']}, this is {device}")
-    return {key: earlier[key] for key in ("cases", "experts", "losses", "steps") if key in earlier}
+    found = earlier(file, device)
+    return {key: found[key] for key in ("cases", "experts", "losses", "steps") if key in found}
 
 
 def _with_case(cases: list[Record], case: Record) -> list[Record]:
@@ -57,19 +52,6 @@ def _with_case(cases: list[Record], case: Record) -> list[Record]:
     kept = [other for other in cases if (other["op"], other["shape"]) != (case["op"], case["shape"])]
     known = {key: place for place, key in enumerate(order)}
     return sorted([*kept, case], key=lambda other: known.get((other["op"], other["shape"]), len(order)))
-
-
-def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    packages = (
-        "liger-kernel", "nvidia-cutlass-dsl", "cut-cross-entropy", "flash-linear-attention", "quack-kernels", "trl",
-    )  # fmt: skip
-    for name in ("torch", "triton", "transformers", "liger-core", *packages):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
 
 
 def _floor_ms(case: Case, machine: dict[str, Any]) -> float | None:
@@ -106,10 +88,10 @@ def main() -> None:
     names = [name for name in NAMES if not options.peer or name in options.peer]
     absent = not_installed()
     machine: dict[str, Any] = {
-        "device": torch.cuda.get_device_name() if on_gpu else "cpu",
+        "device": device_name(device),
         "copy_tb_s": copy_tb_s(device) if on_gpu else None,
         "product_tflop_s": product_tflop_s(device) if on_gpu else None,
-        "versions": _versions(),
+        "versions": versions(),
         "not_installed": absent,
     }
     results: dict[str, Any] = {**machine, "cases": [], "experts": [], "losses": [], "steps": {}}
@@ -120,8 +102,7 @@ def main() -> None:
     def save(**measured: Any) -> None:
         results.update(measured)
         if options.json:
-            options.json.parent.mkdir(parents=True, exist_ok=True)
-            options.json.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+            write(options.json, results)
 
     began = time.perf_counter()
     seen: set[str] = set()

@@ -14,7 +14,7 @@ from benchmarks.experts import OURS, STOCK
 from benchmarks.losses import NAIVE
 from benchmarks.losses import OURS as FUSED
 from benchmarks.peers import NAMES
-from benchmarks.step import WAYS
+from benchmarks.training import WAYS
 
 RESULTS = Path(__file__).parent / "results"
 README = Path(__file__).parent.parent / "README.md"

@@ -216,7 +216,7 @@ def test_a_loss_that_fails_is_recorded_with_its_error(monkeypatch):
 
 
 def test_steps_name_what_is_not_installed_and_leave_liger_kernel_for_the_end(monkeypatch):
-    from benchmarks import step
+    from benchmarks import step, training
 
     def attempt(model, way, device, tiny):
         done.append(way)
@@ -231,7 +231,7 @@ def test_steps_name_what_is_not_installed_and_leave_liger_kernel_for_the_end(mon
     assert "liger-kernel" not in done[:-2]
 
     monkeypatch.undo()
-    monkeypatch.setattr(step, "find_spec", lambda name: None)
+    monkeypatch.setattr(training, "find_spec", lambda name: None)
     assert step._attempt(step.MODELS["gemma2-2b"], "liger", torch.device("cpu"), True) == {
         "not_installed": "liger-gemma"
     }
