@@ -9,8 +9,12 @@ from __future__ import annotations
 import multiprocessing
 import time
 from collections.abc import Callable, Iterator
+from importlib import import_module
 from multiprocessing.connection import Connection, wait
 from typing import Any, TypeVar
+
+IMPORTS = ("transformers.modeling_utils", "liger")
+"""What takes seconds, and is imported before there is a job."""
 
 Report = dict[str, Any]
 Job = TypeVar("Job")
@@ -21,10 +25,10 @@ Work = Callable[[Job, Callable[[Report], None]], None]
 
 
 class _Process:
-    def __init__(self, prepare: Callable[[], None], work: Any) -> None:
+    def __init__(self, work: Any) -> None:
         context = multiprocessing.get_context("spawn")  # a forked process cannot use a GPU that its parent has used
         self.connection, there = context.Pipe()
-        self._process = context.Process(target=_serve, args=(there, prepare, work), daemon=True)
+        self._process = context.Process(target=_serve, args=(there, work), daemon=True)
         self._process.start()
         there.close()
 
@@ -37,8 +41,9 @@ class _Process:
         self._process.join()
 
 
-def _serve(connection: Connection, prepare: Callable[[], None], work: Any) -> None:
-    prepare()
+def _serve(connection: Connection, work: Any) -> None:
+    for module in IMPORTS:
+        import_module(module)
     try:
         job = connection.recv()
     except EOFError:  # there was no job for this one
@@ -46,14 +51,12 @@ def _serve(connection: Connection, prepare: Callable[[], None], work: Any) -> No
     work(job, connection.send)
 
 
-def reports(
-    work: Work[Job], prepare: Callable[[], None], jobs: Iterator[Job], deadline: float, at_once: int = 1
-) -> Iterator[tuple[Job, Report]]:
+def reports(work: Work[Job], jobs: Iterator[Job], deadline: float, at_once: int = 1) -> Iterator[tuple[Job, Report]]:
     """Each report with the job that made it. At `deadline` (of `time.monotonic`) what still runs is killed.
 
     A job is taken from `jobs` when a process is free for it. One that dies is reported as `{"failed": …}`.
     """
-    waiting = [_Process(prepare, work) for _ in range(at_once)]
+    waiting = [_Process(work) for _ in range(at_once)]
     running: dict[Connection, tuple[_Process, Job]] = {}
     try:
         while True:
@@ -61,7 +64,7 @@ def reports(
                 process = waiting.pop(0)
                 process.connection.send(job)
                 running[process.connection] = (process, job)
-                waiting.append(_Process(prepare, work))
+                waiting.append(_Process(work))
             ready = wait(list(running), timeout=max(0.0, deadline - time.monotonic())) if running else []
             if not ready:
                 return

@@ -12,7 +12,6 @@ import argparse
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -38,12 +37,6 @@ class Job:
     device: torch.device
     deadline: float
     tiny: bool
-
-
-def prepare() -> None:
-    """Import, before there is a job, what takes seconds to import."""
-    for module in ("transformers.modeling_utils", "liger"):
-        import_module(module)
 
 
 def measure(job: Job, report: Callable[[Report], None]) -> None:
@@ -243,13 +236,14 @@ def main() -> None:
     _print_plan(jobs)
     if options.plan:
         return
-    for job, report in reports(measure, prepare, _in_time(jobs), deadline):
+    for job, report in reports(measure, _in_time(jobs), deadline):
         enter(sweep, job, report)
         results["skipped"] = [line for job in everything for line in lacking(sweep, job)]
         print(f"{time.monotonic() - began:5.0f} s  {job.group.name:<26} {job.way:<14} {report}", flush=True)
         if options.json:
             write(options.json, results)
-    print(*(f"skipped  {line}" for line in results["skipped"]), sep="\n")
+    for line in results["skipped"]:
+        print(f"skipped  {line}")
     print(f"{time.monotonic() - began:.0f} s")
 
 
