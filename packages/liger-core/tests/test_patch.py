@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 
 import pytest
 import torch
@@ -191,3 +192,44 @@ def test_a_copy_trains_by_itself(model):
     twin(**batch(99, model.device)).loss.backward()
     assert all(p.grad is None for p in model.parameters())
     assert all(p.grad is not None for p in twin.parameters())
+
+
+def said(caplog, level):
+    return [record.getMessage() for record in caplog.records if record.levelno == level]
+
+
+def test_one_line_sums_up_and_each_module_has_one_of_its_own(model, caplog):
+    caplog.set_level(logging.DEBUG, "liger")
+    patch = apply(model, skip=["model.norm"])
+    assert said(caplog, logging.INFO) == [
+        "LlamaForCausalLM: swapped 2 loss, 2 rope, 2 mlp, 4 norm; declined 1",
+    ]
+    lines = said(caplog, logging.DEBUG)
+    assert len(lines) == len(patch.swapped) + 1
+    assert "model.layers.0.self_attn: LlamaAttention → rotary" in lines
+    assert "the model itself: LlamaForCausalLM → the loss of its head" in lines
+    assert "model.norm: LlamaRMSNorm declined: skipped by 'model.norm'" in lines
+    assert {record.name for record in caplog.records} == {"liger.patch"}
+    assert not said(caplog, logging.WARNING)
+
+
+def test_a_loss_that_is_not_fused_is_a_warning_unless_it_was_asked_for(model, caplog):
+    caplog.set_level(logging.INFO, "liger")
+    model.lm_head = nn.Sequential(model.lm_head)
+    apply(model).undo()
+    assert said(caplog, logging.WARNING) == [
+        "LlamaForCausalLM: the logits are computed whole, because lm_head is torch.nn.modules.container.Sequential, "
+        "not torch.nn.Linear"
+    ]
+    caplog.clear()
+    for asked in ({"loss": "full"}, {"loss": None}, {"skip": ["lm_head"]}):
+        apply(model, **asked).undo()
+    assert not said(caplog, logging.WARNING)
+
+
+def test_nothing_is_printed_where_logging_is_not_set_up(model, capfd, monkeypatch):
+    """Without a handler of ours Python prints warnings by itself."""
+    monkeypatch.setattr(logging.getLogger("liger"), "propagate", False)
+    model.lm_head = nn.Sequential(model.lm_head)
+    apply(model)
+    assert capfd.readouterr() == ("", "")

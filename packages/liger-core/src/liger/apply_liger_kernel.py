@@ -10,8 +10,9 @@ from typing import Any, Literal
 from torch import nn
 
 from liger.adapter import Adapter
+from liger.disabled import DISABLED
 from liger.layers import Stock
-from liger.patch import Patch, apply_adapters
+from liger.patch import Patch, apply_adapters, turned_off
 from liger.switches import LINEAR, TRUE
 
 
@@ -74,6 +75,8 @@ def apply_liger_kernel(adapter: Adapter, mlp: Literal["swiglu", "geglu"] = "swig
         switches |= {kind: TRUE if on[mlp] and len(gated) > 1 else on[mlp] for kind in gated}
         if model is not None:
             return apply_adapters(model, [adapter], **switches)
+        if DISABLED:
+            return turned_off()
         patch = FuturePatch()
         modeling = adapter.module()
         heads = {head.model for head in adapter.heads}

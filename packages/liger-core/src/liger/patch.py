@@ -5,19 +5,28 @@ What is swapped is decided in `plan`; what that subclass is stands in `subclass`
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import functools
+import logging
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from types import TracebackType
 
 from torch import nn
 
 from liger.adapter import Adapter
+from liger.disabled import DISABLED
 from liger.discover import adapters_for
 from liger.plan import FUSED, Plan, plan
 from liger.switches import LINEAR, TRUE, Loss, Switches
 
+_log = logging.getLogger(__name__)
+
 
 class Patch(Plan):
     """What `apply` did to a model. Print it; undo it; or use it as a context manager, which undoes it at the end."""
+
+    def __str__(self) -> str:
+        return "liger.Patch\n  nothing is swapped: LIGER_DISABLE is set" if DISABLED else super().__str__()
 
     def undo(self) -> None:
         """Give every module its class back. Undoing twice is harmless.
@@ -51,6 +60,7 @@ def apply(
     experts: bool = TRUE,
     loss: Loss = LINEAR,
     recompute: bool = False,
+    skip: Sequence[str] = (),
 ) -> Patch:
     """Put the kernels into a Hugging Face model that is already built, found by the classes it is made of.
 
@@ -67,21 +77,28 @@ def apply(
             cross entropy; None, the model's own loss.
         recompute: keep less for backward: the norms' outputs and the MLPs' products are computed again (see
             `liger.recompute`). Has no effect in compiled code, in checkpointed layers, and inside saved-tensor hooks.
+        skip: modules that keep their own code, as shell-style patterns (`fnmatch`, case-sensitive) of their names in
+            `model.named_modules()`: "model.layers.0.*". A pattern may leave out how a name begins, up to some dot:
+            "mlp" means every module that is called so, and what wraps the model (PEFT, DistributedDataParallel) need
+            not be spelled out.
 
     Returns:
-        The Patch: what was swapped, what was declined and why, and `undo()`.
+        The Patch: what was swapped, what was declined and why, and `undo()`. With LIGER_DISABLE=1 in the environment
+        it is empty.
 
     Raises:
-        TypeError: `model` is no `torch.nn.Module`.
-        ValueError: `loss` is unknown, or a kernel that was asked for can be applied nowhere.
+        TypeError: `model` is no `torch.nn.Module`, or `skip` is one string.
+        ValueError: `loss` is unknown, a kernel that was asked for can be applied nowhere, or a pattern of `skip`
+            matches no module that would be swapped.
         liger.NoAdapterError: no installed adapter knows the model; the message says what to install.
         liger.VersionRangeError: the installed transformers or liger-core is outside the adapter's range.
         liger.AdapterConflictError: two installed packages claim the same model.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"liger.apply: model must be a torch.nn.Module, not {type(model).__name__}")
+    adapters = [] if DISABLED else adapters_for(model)
     return apply_adapters(
-        model, adapters_for(model), rope=rope, norm=norm, mlp=mlp, experts=experts, loss=loss, recompute=recompute
+        model, adapters, rope=rope, norm=norm, mlp=mlp, experts=experts, loss=loss, recompute=recompute, skip=skip
     )
 
 
@@ -95,14 +112,44 @@ def apply_adapters(
     experts: bool = TRUE,
     loss: Loss = LINEAR,
     recompute: bool = False,
+    skip: Sequence[str] = (),
 ) -> Patch:
     """`apply` with given adapters instead of the installed ones."""
-    switches = Switches(rope=rope, norm=norm, mlp=mlp, experts=experts, loss=loss, recompute=recompute)
+    switches = Switches(rope=rope, norm=norm, mlp=mlp, experts=experts, loss=loss, recompute=recompute, skip=skip)
+    if DISABLED:
+        return turned_off()
     patch = Patch(**vars(plan(model, adapters, switches)))
     _require(patch, switches)
     for swap in patch._swaps:
         swap.module.__class__ = swap.after
+    _log_patch(patch, type(model).__name__, switches)
     return patch
+
+
+@functools.cache  # so that the warning comes once
+def _warn_turned_off() -> None:
+    _log.warning("LIGER_DISABLE is set: nothing is swapped, and the ops run their references")
+
+
+def turned_off() -> Patch:
+    """What `apply` returns where LIGER_DISABLE is set."""
+    _warn_turned_off()
+    return Patch()
+
+
+def _log_patch(patch: Patch, model: str, switches: Switches) -> None:
+    for name, _, cls, runs in patch.swapped:
+        _log.debug("%s: %s → %s", name or "the model itself", cls, runs)
+    for name, _, cls, reason in patch.declined:
+        _log.debug("%s: %s declined: %s", name or "the model itself", cls, reason)
+    kinds = ", ".join(f"{count} {kind}" for kind, count in Counter(s.kind for s in patch.swapped).items())
+    _log.info("%s: swapped %s; declined %d", model, kinds or "nothing", len(patch.declined))
+    # The loss is what most of the memory is saved by.
+    whole = [d for d in patch.declined if d.kind == "loss" and not switches.skipped(d.name)]
+    if switches.loss == "linear" and whole and not any(s.runs == FUSED for s in patch.swapped):
+        _log.warning(
+            "%s: the logits are computed whole, because %s", model, "; ".join(sorted({d.reason for d in whole}))
+        )
 
 
 def _require(planned: Plan, switches: Switches) -> None:

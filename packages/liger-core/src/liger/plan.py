@@ -22,7 +22,7 @@ from liger.subclass import (
     parallel_head_class,
     recompute_class,
 )
-from liger.switches import DEFAULTS, Part, Switches
+from liger.switches import DEFAULTS, Part, Switches, matches
 
 if TYPE_CHECKING:
     from liger.causal_lm import CausalLM
@@ -101,6 +101,9 @@ def plan(model: nn.Module, adapters: Iterable[Adapter], switches: Switches = DEF
     Returns:
         The Plan: print it, or read its `swapped` and `declined`. What was asked for by name and can be applied nowhere
         is an error in `apply` only; here it stands among the declined.
+
+    Raises:
+        ValueError: a pattern of `skip` matches nothing that would be swapped or declined.
     """
     found = Plan()
     for adapter in adapters:
@@ -108,7 +111,11 @@ def plan(model: nn.Module, adapters: Iterable[Adapter], switches: Switches = DEF
             parent = model.get_submodule(name.rpartition(".")[0])
             _add(found, _kernels(adapter, name, module, type(parent), switches))
     if switches.recompute:
-        _add(found, _recompute(model, {swap.module: swap.after for swap in found._swaps}))
+        _add(found, _recompute(model, switches, {swap.module: swap.after for swap in found._swaps}))
+    names = {*found.already, *(s.name for s in found.swapped), *(d.name for d in found.declined)}
+    for pattern in switches.skip:
+        if not any(matches(name, pattern) for name in names):
+            raise ValueError(f"liger.apply: skip={pattern!r} matches no module that would be swapped")
     return found
 
 
@@ -127,24 +134,26 @@ def _kernels(adapter: Adapter, name: str, module: nn.Module, parent: type, switc
     """What `adapter` says about this one module."""
     for target, cls, layer in adapter.layers_of(type(module), parent):
         if getattr(switches, layer.kind):
-            reason = _overridden(module, cls, layer.method) or layer.declines(module)
+            reason = switches.skipped(name) or _overridden(module, cls, layer.method) or layer.declines(module)
             yield _Proposal(name, module, layer.kind, target, repr(layer), reason, layer_class, layer)
     ours: list[Any] = [c for c in type(module).__mro__ if c.__module__ == adapter.modeling]
     for cls in (c for c in ours if not issubclass(c, Swappable)):
         if switches.rope:
-            yield from _rope(adapter, name, module, cls)
+            yield from _rope(adapter, name, module, cls, switches)
         for spec in adapter.heads:
             if cls.__name__ == spec.model and switches.loss:
                 yield from _loss(spec, name, module, cls, switches)
 
 
-def _rope(adapter: Adapter, name: str, module: nn.Module, cls: type[nn.Module]) -> Iterator[_Proposal]:
+def _rope(
+    adapter: Adapter, name: str, module: nn.Module, cls: type[nn.Module], switches: Switches
+) -> Iterator[_Proposal]:
     named = _names_in(cls)
     used = {function: op for function, op in adapter.functions.items() if function in named}
     if not used:
         return
     ops = tuple((function, op) for function, op in used.items() if not isinstance(op, str))
-    reason = _overridden(module, cls, "forward") or _wrapped(cls)
+    reason = switches.skipped(name) or _overridden(module, cls, "forward") or _wrapped(cls)
     for function, op in used.items():
         reason = reason or _differs(getattr(adapter.module(), function), op, adapter.modeling)
     runs = ", ".join(op.__name__ for _, op in ops)
@@ -152,20 +161,20 @@ def _rope(adapter: Adapter, name: str, module: nn.Module, cls: type[nn.Module]) 
 
 
 def _loss(spec: CausalLM, name: str, model: nn.Module, cls: type[nn.Module], switches: Switches) -> Iterator[_Proposal]:
-    declined = _overridden(model, cls, "forward") or spec.declines(model)
+    declined = switches.skipped(name) or _overridden(model, cls, "forward") or spec.declines(model)
     runs = "cross_entropy of the logits"
     if switches.loss == "linear" and declined is None:
         for head_name, head in spec.heads(model).items():
-            reason = spec.head_declines(head)
+            path = f"{name}.{head_name}".lstrip(".")
+            reason = switches.skipped(path) or spec.head_declines(head)
             if reason is None:
                 runs = "the loss of its head"
             subclass = parallel_head_class if reason is None and "forward" in vars(head) else head_class
-            path = f"{name}.{head_name}".lstrip(".")
             yield _Proposal(path, head, "loss", type(head).__name__, FUSED, reason, subclass, spec)
     yield _Proposal(name, model, "loss", cls.__name__, runs, declined, model_class, spec)
 
 
-def _recompute(model: nn.Module, planned: dict[nn.Module, type[nn.Module]]) -> Iterator[_Proposal]:
+def _recompute(model: nn.Module, switches: Switches, planned: dict[nn.Module, type[nn.Module]]) -> Iterator[_Proposal]:
     """The backbones: the innermost transformers models that hold a module which runs a Layer."""
     from transformers import PreTrainedModel
 
@@ -178,7 +187,7 @@ def _recompute(model: nn.Module, planned: dict[nn.Module, type[nn.Module]]) -> I
             if owners:
                 backbones[owners[-1]] = model.get_submodule(owners[-1])
     for name, backbone in backbones.items():
-        reason = _overridden(backbone, type(backbone), "forward")
+        reason = switches.skipped(name) or _overridden(backbone, type(backbone), "forward")
         if backbone in planned:
             reason = "its class is swapped for another part already"
         cls_name = type(backbone).__name__

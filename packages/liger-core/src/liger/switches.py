@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import Any, Literal
 
 from liger.adapter import Kind
@@ -32,6 +34,7 @@ class Switches:
 
     Raises:
         ValueError: `loss` is unknown.
+        TypeError: `skip` is one string.
     """
 
     rope: bool = TRUE
@@ -40,17 +43,29 @@ class Switches:
     experts: bool = TRUE
     loss: Loss = LINEAR
     recompute: bool = False
+    skip: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         if self.loss not in ("linear", "full", None):
             raise ValueError(f"liger.apply: loss must be 'linear', 'full' or None, not {self.loss!r}")
+        if isinstance(self.skip, str):
+            raise TypeError(f"liger.apply: skip must be a list of patterns, not {self.skip!r}")
+        object.__setattr__(self, "skip", tuple(self.skip))
 
     def asked_by_name(self) -> dict[str, Any]:
         """The switches that somebody has turned on by passing them."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return {
-            name: value for name, value in values.items() if value and not isinstance(value, _Default | _DefaultLoss)
-        }
+        on = {name: value for name, value in vars(self).items() if value and name != "skip"}
+        return {name: value for name, value in on.items() if not isinstance(value, _Default | _DefaultLoss)}
+
+    def skipped(self, name: str) -> str | None:
+        """Why the module of that name is left out, or None."""
+        pattern = next((pattern for pattern in self.skip if matches(name, pattern)), None)
+        return None if pattern is None else f"skipped by {pattern!r}"
+
+
+def matches(name: str, pattern: str) -> bool:
+    """Whether a pattern of `skip` means the module of that name: by all of it, or by its end after some dot."""
+    return fnmatchcase(name, pattern) or fnmatchcase(name, f"*.{pattern}")
 
 
 DEFAULTS = Switches()

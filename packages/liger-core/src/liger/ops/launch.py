@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from liger.disabled import DISABLED
+
 if TYPE_CHECKING:
     import triton
     import triton.language as tl
@@ -32,8 +34,8 @@ __all__ = ["INTERPRETED", "enabled", "jit", "launch", "next_power_of_2", "runs_k
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 """Whether kernels run in Triton's interpreter, on CPU tensors. Triton reads the variable when a kernel is defined."""
 
-enabled = True
-"""Set to False to run the references on every device: for tests, and to find out whether a kernel is at fault."""
+enabled = not DISABLED
+"""Set to False to run the references on every device, as tests do."""
 
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _PLAIN = (Tensor, torch.nn.Parameter)
