@@ -12,11 +12,12 @@ from transformers import LlamaConfig
 from transformers.models.llama import modeling_llama
 from transformers.models.llama.modeling_llama import LlamaForCausalLM, LlamaMLP, LlamaRMSNorm
 
-from liger.adapter import Adapter
+from liger.adapter import Adapter, Layer
 from liger.causal_lm import CausalLM
-from liger.layers import GatedMLP, RMSNorm
+from liger.layers import GatedMLP, LayerNorm, RMSNorm
 from liger.ops import rotary
 from liger.patch import apply_adapters
+from liger.subclass import layer_class
 from liger.testing import TINY
 from liger.testing.tiny import batch, build
 
@@ -233,3 +234,38 @@ def test_nothing_is_printed_where_logging_is_not_set_up(model, capfd, monkeypatc
     model.lm_head = nn.Sequential(model.lm_head)
     apply(model)
     assert capfd.readouterr() == ("", "")
+
+
+def test_repr_shows_the_kernels_until_undo(model):
+    before = repr(model)
+    patch = apply(model, recompute=True)
+    ours, stock = repr(model).splitlines(), before.splitlines()
+    assert [line for line in ours if line not in stock] == [
+        "  liger=loss",
+        "    liger=recompute",
+        "          liger=rotary",
+        "          liger=swiglu",
+        "        (input_layernorm): LlamaRMSNorm((48,), eps=1e-06, liger=rms_norm)",
+        "        (post_attention_layernorm): LlamaRMSNorm((48,), eps=1e-06, liger=rms_norm)",
+        "    (norm): LlamaRMSNorm((48,), eps=1e-06, liger=rms_norm)",
+        "  (lm_head): Linear(in_features=48, out_features=99, bias=False, liger=linear_cross_entropy)",
+    ]
+    patch.undo()
+    assert repr(model) == before
+
+
+def test_repr_names_the_op_that_runs(device):
+    model = build(LlamaForCausalLM, LlamaConfig(**TINY, hidden_act="gelu"), device)
+    apply(model)
+    assert "liger=geglu" in repr(model)
+    assert repr(layer_class(nn.LayerNorm, LayerNorm())(8)).endswith(", liger=layer_norm)")
+
+
+def test_repr_of_a_layer_that_gives_no_name(device):
+    class Doubled(RMSNorm):
+        kernel = Layer.kernel
+
+    assert (
+        repr(layer_class(LlamaRMSNorm, Doubled("variance_epsilon"))(8))
+        == "LlamaRMSNorm((8,), eps=1e-06, liger=Doubled)"
+    )

@@ -52,6 +52,10 @@ class Layer(ABC):
     def forward(self, module: Any, x: Tensor) -> Tensor:
         """What that method of `module` computes of `x`."""
 
+    def kernel(self, module: Any) -> str:
+        """The name of what it runs, for the module's repr: the Layer's own unless it gives another."""
+        return type(self).__name__
+
 
 @dataclass(frozen=True)
 class Adapter:

@@ -82,6 +82,10 @@ class RMSNorm(_Norm):
         weight = getattr(module, "weight", None)
         return rebuildable(rms_norm, x, weight, getattr(module, self.eps), offset=self.offset, cast=self.cast)
 
+    def kernel(self, module: Any) -> str:
+        """Always the same."""
+        return "rms_norm"
+
 
 @dataclass(frozen=True)
 class LayerNorm(_Norm):
@@ -97,11 +101,16 @@ class LayerNorm(_Norm):
         """The normalised `input`, (..., N)."""
         return rebuildable(layer_norm, input, module.weight, module.bias, getattr(module, self.eps))
 
+    def kernel(self, module: Any) -> str:
+        """Always the same."""
+        return "layer_norm"
+
 
 @dataclass(frozen=True)
 class _Gate:
     """A gated activation's op, of two tensors and of one that joins them, and the activation that it must equal."""
 
+    name: str
     op: Callable[[Tensor, Tensor], Tensor]
     joined: Callable[[Tensor], Tensor]
     activation: Callable[[Tensor], Tensor]
@@ -109,10 +118,10 @@ class _Gate:
 
 def _geglu(approximate: Approximate) -> _Gate:
     ops = partial(geglu, approximate=approximate), partial(geglu_joined, approximate=approximate)
-    return _Gate(*ops, partial(F.gelu, approximate=approximate))
+    return _Gate("geglu", *ops, partial(F.gelu, approximate=approximate))
 
 
-_SWIGLU = _Gate(swiglu, swiglu_joined, F.silu)
+_SWIGLU = _Gate("swiglu", swiglu, swiglu_joined, F.silu)
 _GATES = {"silu": _SWIGLU, "swish": _SWIGLU, "gelu_pytorch_tanh": _geglu("tanh"), "gelu": _geglu("none")}
 
 
@@ -122,6 +131,10 @@ class _Gated(Layer):
 
     act: str
     act_fn: str = "act_fn"
+
+    def kernel(self, module: Any) -> str:
+        """The op of the activation that the config names."""
+        return _GATES[getattr(module.config, self.act)].name
 
     def _activation_declines(self, module: Any) -> str | None:
         """Why the activation has no kernel, or is not the one that the config names."""

@@ -16,7 +16,8 @@ from torch import nn
 from liger.adapter import Adapter
 from liger.disabled import DISABLED
 from liger.discover import adapters_for
-from liger.plan import FUSED, Plan, plan
+from liger.plan import Plan, plan
+from liger.subclass import FUSED
 from liger.switches import LINEAR, TRUE, Loss, Switches
 
 _log = logging.getLogger(__name__)

@@ -14,6 +14,7 @@ from torch import nn
 
 from liger.adapter import Adapter
 from liger.subclass import (
+    FUSED,
     Swappable,
     function_class,
     head_class,
@@ -27,7 +28,6 @@ from liger.switches import DEFAULTS, Part, Switches, matches
 if TYPE_CHECKING:
     from liger.causal_lm import CausalLM
 
-FUSED = "linear_cross_entropy"
 _RECOMPUTES = "the outputs of its norms and gated activations are not kept, but computed again in backward"
 
 

@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from liger.causal_lm import CausalLM
 
 
+FUSED = "linear_cross_entropy"
+"""The op of a head that computes the loss."""
+
+
 class Swappable:
     """Marks the classes that `apply` swaps in; copies and pickles their instances as what they are."""
 
@@ -35,10 +39,20 @@ def _new_instance(subclass: Callable[..., type[nn.Module]], base: type[nn.Module
     return cls.__new__(cls)
 
 
-def _subclass(base: type[nn.Module], members: dict[str, Any], recipe: Any) -> type[nn.Module]:
-    """A subclass of `base` that answers to its name; `recipe` makes an instance of it in another process."""
+def _subclass(
+    base: type[nn.Module], members: dict[str, Any], recipe: Any, kernel: Callable[[nn.Module], str]
+) -> type[nn.Module]:
+    """A subclass of `base` that answers to its name; `recipe` makes an instance of it in another process.
+
+    Its repr says which kernel it runs.
+    """
     identity = {name: getattr(base, name) for name in ("__module__", "__qualname__", "__doc__")}
-    return type(base.__name__, (Swappable, base), {**identity, **members, "_recipe": recipe})
+
+    def extra_repr(self: nn.Module) -> str:
+        return ", ".join(filter(None, [base.extra_repr(self), f"liger={kernel(self)}"]))
+
+    own = {**identity, **members, "extra_repr": extra_repr, "_recipe": recipe}
+    return type(base.__name__, (Swappable, base), own)
 
 
 @functools.cache
@@ -50,7 +64,7 @@ def layer_class(base: Any, layer: Layer) -> type[nn.Module]:
     def method(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return compute(self, *args, *kwargs.values())
 
-    return _subclass(base, {layer.method: method}, (layer_class, base, layer))
+    return _subclass(base, {layer.method: method}, (layer_class, base, layer), layer.kernel)
 
 
 @functools.cache
@@ -62,28 +76,31 @@ def function_class(base: Any, ops: tuple[tuple[str, Callable[..., Any]], ...]) -
     )
     forward.__kwdefaults__ = stock.__kwdefaults__
     functools.update_wrapper(forward, stock)
-    return _subclass(base, {"forward": forward}, (function_class, base, ops))
+    names = ", ".join(op.__name__ for _, op in ops)
+    return _subclass(base, {"forward": forward}, (function_class, base, ops), lambda _: names)
 
 
 @functools.cache
 def model_class(base: Any, spec: CausalLM) -> type[nn.Module]:
     """`base`, whose forward has its head compute the loss."""
-    return _subclass(base, spec.model_members(base), (model_class, base, spec))
+    return _subclass(base, spec.model_members(base), (model_class, base, spec), lambda _: "loss")
 
 
 @functools.cache
 def head_class(base: Any, spec: CausalLM) -> type[nn.Module]:
     """`base`, which computes a loss where its model asks for one."""
-    return _subclass(base, spec.head_members(base), (head_class, base, spec))
+    return _subclass(base, spec.head_members(base), (head_class, base, spec), lambda _: FUSED)
 
 
 @functools.cache
 def parallel_head_class(base: Any, spec: CausalLM) -> type[nn.Module]:
     """The same where the instance has a forward of transformers' tensor parallelism."""
-    return _subclass(base, spec.parallel_head_members(base), (parallel_head_class, base, spec))
+    return _subclass(base, spec.parallel_head_members(base), (parallel_head_class, base, spec), lambda _: FUSED)
 
 
 @functools.cache
 def recompute_class(base: Any, _: None) -> type[nn.Module]:
     """`base`, during whose forward autograd keeps no tensor that one cheap pass rebuilds."""
-    return _subclass(base, {"forward": forward_in_region(base.forward)}, (recompute_class, base, None))
+    return _subclass(
+        base, {"forward": forward_in_region(base.forward)}, (recompute_class, base, None), lambda _: "recompute"
+    )

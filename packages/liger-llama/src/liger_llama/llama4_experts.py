@@ -33,6 +33,10 @@ class Llama4Experts(Layer):
             same = torch.allclose(module.act_fn(points), F.silu(points), rtol=0, atol=1e-6)
         return None if same else "its act_fn does not compute silu"
 
+    def kernel(self, module: Any) -> str:
+        """Always the same."""
+        return "swiglu"
+
     def forward(self, module: Any, hidden_states: Tensor) -> Tensor:
         """`hidden_states` is (experts · tokens, hidden size), and so is the result."""
         weight = module.gate_up_proj

@@ -27,6 +27,10 @@ class GatedRMSNorm(RMSNorm):
             return f"activation={activation!r} has no kernel (known: silu, swish)"
         return super().declines(module)
 
+    def kernel(self, module: Any) -> str:
+        """Both."""
+        return "rms_norm, swiglu"
+
     def forward(self, module: Any, hidden_states: Tensor, gate: Tensor) -> Tensor:  # type: ignore[override]
         """Both are (rows, N), and so is the result, in the dtype of `hidden_states`."""
         normed = rms_norm(hidden_states, module.weight, getattr(module, self.eps), offset=self.offset, cast=self.cast)
