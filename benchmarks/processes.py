@@ -25,10 +25,10 @@ Work = Callable[[Job, Callable[[Report], None]], None]
 
 
 class _Process:
-    def __init__(self, work: Any) -> None:
+    def __init__(self, work: Any, imports: tuple[str, ...]) -> None:
         context = multiprocessing.get_context("spawn")  # a forked process cannot use a GPU that its parent has used
         self.connection, there = context.Pipe()
-        self._process = context.Process(target=_serve, args=(there, work), daemon=True)
+        self._process = context.Process(target=_serve, args=(there, work, imports), daemon=True)
         self._process.start()
         there.close()
 
@@ -41,8 +41,8 @@ class _Process:
         self._process.join()
 
 
-def _serve(connection: Connection, work: Any) -> None:
-    for module in IMPORTS:
+def _serve(connection: Connection, work: Any, imports: tuple[str, ...]) -> None:
+    for module in imports:
         import_module(module)
     try:
         job = connection.recv()
@@ -51,12 +51,18 @@ def _serve(connection: Connection, work: Any) -> None:
     work(job, connection.send)
 
 
-def reports(work: Work[Job], jobs: Iterator[Job], deadline: float, at_once: int = 1) -> Iterator[tuple[Job, Report]]:
+def reports(
+    work: Work[Job],
+    jobs: Iterator[Job],
+    deadline: float,
+    at_once: int = 1,
+    imports: tuple[str, ...] = IMPORTS,
+) -> Iterator[tuple[Job, Report]]:
     """Each report with the job that made it. At `deadline` (of `time.monotonic`) what still runs is killed.
 
     A job is taken from `jobs` when a process is free for it. One that dies is reported as `{"failed": …}`.
     """
-    waiting = [_Process(work) for _ in range(at_once)]
+    waiting = [_Process(work, imports) for _ in range(at_once)]
     running: dict[Connection, tuple[_Process, Job]] = {}
     try:
         while True:
@@ -64,7 +70,7 @@ def reports(work: Work[Job], jobs: Iterator[Job], deadline: float, at_once: int 
                 process = waiting.pop(0)
                 process.connection.send(job)
                 running[process.connection] = (process, job)
-                waiting.append(_Process(work))
+                waiting.append(_Process(work, imports))
             ready = wait(list(running), timeout=max(0.0, deadline - time.monotonic())) if running else []
             if not ready:
                 return

@@ -152,48 +152,51 @@ def _arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _group(results: list[Record], group: Group) -> Record:
-    """The results' entry of a group's name, made where it is missing."""
-    for found in results:
-        if found["name"] == group.name:
-            return found
-    title = f"{group.shape.title}{', checkpointing' if group.checkpointing else ''}"
-    results.append({"name": group.name, "title": title, "rows": [], "longest": {}})
-    return results[-1]
+def _entry(results: list[Record], group: Group) -> Record | None:
+    return next((found for found in results if found["name"] == group.name), None)
 
 
-def _ways(results: list[Record], group: Group, size: Size) -> dict[str, Record]:
-    """What each way gave at a size, from a row that is made where it is missing."""
-    rows = _group(results, group)["rows"]
-    for row in rows:
-        if (row["batch"], row["sequence"]) == size:
-            return row["ways"]
-    ways: dict[str, Record] = {}
-    rows.append({"batch": size[0], "sequence": size[1], "ways": ways})
-    rows.sort(key=lambda row: (row["batch"] * row["sequence"], row["sequence"]))
-    return ways
+def _ways(entry: Record | None, size: Size) -> dict[str, Record] | None:
+    rows = entry["rows"] if entry else []
+    return next((row["ways"] for row in rows if (row["batch"], row["sequence"]) == size), None)
+
+
+def _put(entry: Record, size: Size, way: str, record: Record) -> None:
+    if _ways(entry, size) is None:
+        entry["rows"].append({"batch": size[0], "sequence": size[1], "ways": {}})
+        entry["rows"].sort(key=lambda row: (row["batch"] * row["sequence"], row["sequence"]))
+    _ways(entry, size)[way] = record  # type: ignore[index]
 
 
 def enter(results: list[Record], job: Job, report: Report) -> None:
     """Put into `results` what a process reported. What it says of no size holds for each that has nothing yet."""
+    entry = _entry(results, job.group)
+    if entry is None:
+        title = f"{job.group.shape.title}{', checkpointing' if job.group.checkpointing else ''}"
+        entry = {"name": job.group.name, "title": title, "rows": [], "longest": {}}
+        results.append(entry)
     if "batch" in report:
         record = {key: value for key, value in report.items() if key not in ("batch", "sequence")}
-        _ways(results, job.group, (report["batch"], report["sequence"]))[job.way] = record
+        _put(entry, (report["batch"], report["sequence"]), job.way, record)
     elif job.group.longest:
-        _group(results, job.group)["longest"].setdefault(job.way, report.get("longest", report))
+        entry["longest"].setdefault(job.way, report.get("longest", report))
     else:
-        for size in job.group.sizes:
-            _ways(results, job.group, size).setdefault(job.way, report)
+        for size in _missing(results, job):
+            _put(entry, size, job.way, report)
+
+
+def _missing(results: list[Record], job: Job) -> list[Size]:
+    entry = _entry(results, job.group)
+    return [size for size in job.group.sizes if job.way not in (_ways(entry, size) or {})]
 
 
 def lacking(results: list[Record], job: Job) -> list[str]:
     """What of a job is not in `results`."""
     title = f"{job.group.name}: {job.way}"
     if job.group.longest:
-        return [] if job.way in _group(results, job.group)["longest"] else [f"{title} longest sequence"]
-    return [
-        f"{title} {size[0]}×{size[1]}" for size in job.group.sizes if job.way not in _ways(results, job.group, size)
-    ]
+        entry = _entry(results, job.group)
+        return [] if entry and job.way in entry["longest"] else [f"{title} longest sequence"]
+    return [f"{title} {batch}×{sequence}" for batch, sequence in _missing(results, job)]
 
 
 def _print_plan(jobs: list[Job]) -> None:
@@ -236,12 +239,17 @@ def main() -> None:
     _print_plan(jobs)
     if options.plan:
         return
-    for job, report in reports(measure, _in_time(jobs), deadline):
-        enter(sweep, job, report)
+
+    def save() -> None:
         results["skipped"] = [line for job in everything for line in lacking(sweep, job)]
-        print(f"{time.monotonic() - began:5.0f} s  {job.group.name:<26} {job.way:<14} {report}", flush=True)
         if options.json:
             write(options.json, results)
+
+    for job, report in reports(measure, _in_time(jobs), deadline):
+        enter(sweep, job, report)
+        print(f"{time.monotonic() - began:5.0f} s  {job.group.name:<26} {job.way:<14} {report}", flush=True)
+        save()
+    save()
     for line in results["skipped"]:
         print(f"skipped  {line}")
     print(f"{time.monotonic() - began:.0f} s")

@@ -13,20 +13,14 @@ from typing import Any
 from benchmarks.experts import OURS, STOCK
 from benchmarks.losses import NAIVE
 from benchmarks.losses import OURS as FUSED
+from benchmarks.markdown import head, row
 from benchmarks.peers import NAMES
 from benchmarks.training import WAYS
+from benchmarks.training_tables import convergence, soak, sweep
 
 RESULTS = Path(__file__).parent / "results"
 README = Path(__file__).parent.parent / "README.md"
 BEGIN, END = "<!-- begin: python -m benchmarks.table -->", "<!-- end -->"
-
-
-def _row(cells: list[str]) -> str:
-    return f"| {' | '.join(cells)} |"
-
-
-def _head(cells: list[str], words: int) -> list[str]:
-    return [_row(cells), _row(["---"] * words + ["---:"] * (len(cells) - words))]
 
 
 def _ms(time: float) -> str:
@@ -49,28 +43,28 @@ def _host(record: dict[str, Any] | None) -> str:
 
 
 def _ops(results: dict[str, Any], names: list[str]) -> list[str]:
-    lines = _head(["op", "shape", "floor", *names], words=2)
+    lines = head(["op", "shape", "floor", *names], words=2)
     for case in results["cases"]:
         with_memory = case["op"] in ("cross_entropy", "linear_cross_entropy", "linear_log_prob")
         times = [_time(case["peers"].get(name), with_memory) for name in names]
-        lines.append(_row([case["op"], case["shape"], _ms(case["floor_ms"]), *times]))
+        lines.append(row([case["op"], case["shape"], _ms(case["floor_ms"]), *times]))
     return lines
 
 
 def _hosts(results: dict[str, Any], names: list[str]) -> list[str]:
-    lines = _head(["op", *names], words=1)
+    lines = head(["op", *names], words=1)
     first = {case["op"]: case for case in reversed(results["cases"])}
     for op in dict.fromkeys(case["op"] for case in results["cases"]):
-        lines.append(_row([op, *(_host(first[op]["peers"].get(name)) for name in names)]))
+        lines.append(row([op, *(_host(first[op]["peers"].get(name)) for name in names)]))
     return lines
 
 
 def _steps(results: dict[str, Any]) -> list[str]:
     models = results["steps"].values()
     ways = [way for way in WAYS if any(way in model["ways"] for model in models)]
-    lines = _head(["model", *ways], words=1)
+    lines = head(["model", *ways], words=1)
     for model in models:
-        lines.append(_row([model["title"], *(_step(model["ways"].get(way)) for way in ways)]))
+        lines.append(row([model["title"], *(_step(model["ways"].get(way)) for way in ways)]))
     return lines
 
 
@@ -85,32 +79,41 @@ def _step(record: dict[str, Any] | None) -> str:
 def _experts(results: dict[str, Any]) -> list[str]:
     figures = {"gpu_ms": "{:.2f}", "gate_ms": "{:.3f}", "peak_mib": "{:,.0f}"}
     names = [f"{what}, {who}" for what in ("all", "activation", "MiB") for who in ("stock", "liger")]
-    lines = _head(["experts", *names], words=1)
+    lines = head(["experts", *names], words=1)
     for layer in results["experts"]:
         measured = STOCK in layer
         cells = [
             form.format(layer[way][key]) if measured else "–" for key, form in figures.items() for way in (STOCK, OURS)
         ]
         reason = "" if measured else " (fails)" if "failed" in layer else f" (without {layer['not_installed']})"
-        lines.append(_row([f"{layer['model']}: {layer['shape']}{reason}", *cells]))
+        lines.append(row([f"{layer['model']}: {layer['shape']}{reason}", *cells]))
     return lines
 
 
 def _losses(results: dict[str, Any]) -> list[str]:
     names = [f"{what}, {way}" for what in ("ms", "MiB") for way in (NAIVE, FUSED)]
-    lines = _head(["loss", "shape", *names], words=2)
+    lines = head(["loss", "shape", *names], words=2)
     for loss in results["losses"]:
         records = [loss[way] for way in (NAIVE, FUSED)]
         times = [_time(record, with_memory=False) for record in records]
         memory = ["fails" if "failed" in record else f"{record['peak_mib']:,.0f}" for record in records]
-        lines.append(_row([loss["loss"], loss["shape"], *times, *memory]))
+        lines.append(row([loss["loss"], loss["shape"], *times, *memory]))
     return lines
 
 
+OTHERS = {
+    "sweep": ("training at growing sizes", sweep), "convergence": ("convergence", convergence), "soak": ("soak", soak),
+}  # fmt: skip
+"""The result files of whole models, by the key that they have: the heading, and what makes the paragraphs."""
+
+
 def section(results: dict[str, Any]) -> str:
-    """The tables of one machine."""
-    names = [name for name in NAMES if any(name in case["peers"] for case in results["cases"])]
+    """The tables of one result file."""
     versions = ", ".join(f"{name} {number}" for name, number in results["versions"].items())
+    for key, (title, paragraphs) in OTHERS.items():
+        if key in results:
+            return "\n\n".join([f"### {results['device']}: {title}", f"{versions}.", *paragraphs(results)])
+    names = [name for name in NAMES if any(name in case["peers"] for case in results["cases"])]
     parts = [f"### {results['device']}", f"{versions}."]
     if results.get("not_installed"):
         parts[-1] += f" Not installed: {', '.join(results['not_installed'])}."
@@ -142,7 +145,7 @@ def section(results: dict[str, Any]) -> str:
 
 
 def tables() -> str:
-    """The tables of every machine that has a result file."""
+    """The tables of every result file."""
     files = sorted(RESULTS.glob("*.json"))
     if not files:
         return "No result file is in benchmarks/results yet."
