@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from liger.ops.launch import runs_kernels
+from liger.ops.named import named
 from liger.ops.once_differentiable import once_differentiable
 from liger.ops.rms_norm import MAX_COLUMNS, Cast, check, launch_backward, launch_forward
 from liger.ops.rms_norm import reference as reference_norm
@@ -42,6 +43,7 @@ def reference(
     return reference_norm(total, weight, eps, offset=offset, cast=cast), total
 
 
+@named("add_rms_norm")
 class _AddRMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from liger.ops.launch import runs_kernels
 from liger.ops.loss_rows import Options, fill_rows, reference_rows
+from liger.ops.named import named
 from liger.ops.once_differentiable import once_differentiable
 from liger.ops.upstream_scale import early_and_late, scaled
 
@@ -77,6 +78,7 @@ def _run_forward(
     return loss, lse, gradient
 
 
+@named("cross_entropy")
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(

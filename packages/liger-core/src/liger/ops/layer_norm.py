@@ -24,6 +24,7 @@ from torch import Tensor
 
 from liger.ops.column_sums import column_sums
 from liger.ops.launch import jit, launch, next_power_of_2, runs_kernels, sm_count, tl
+from liger.ops.named import named
 from liger.ops.once_differentiable import once_differentiable
 
 _MAX_COLUMNS = 65536
@@ -156,6 +157,7 @@ def _launch_backward(
     return dx, sums[0] if dw_dtype is not None else None, sums[-1] if db_dtype is not None else None
 
 
+@named("layer_norm")
 class _LayerNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:

@@ -33,6 +33,7 @@ from liger.ops.linear_chunks import (
     through_chunks,
 )
 from liger.ops.loss_rows import Options, fill_rows
+from liger.ops.named import named
 from liger.ops.upstream_scale import early_and_late, scaled
 
 
@@ -92,6 +93,7 @@ def _runner() -> Callable[..., tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]:
     return _run_as_op if torch.compiler.is_compiling() else _run
 
 
+@named("linear_cross_entropy")
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(

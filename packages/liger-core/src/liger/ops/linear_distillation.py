@@ -38,6 +38,7 @@ from liger.ops.linear_chunks import (
     through_chunks,
 )
 from liger.ops.loss_rows import Options
+from liger.ops.named import named
 from liger.ops.once_differentiable import once_differentiable
 from liger.ops.upstream_scale import early_and_late, scaled
 
@@ -97,6 +98,7 @@ def _runner() -> Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]:
     return _run_as_op if torch.compiler.is_compiling() else _run
 
 
+@named("linear_distillation")
 class _LinearDistillation(torch.autograd.Function):
     @staticmethod
     def forward(

@@ -33,6 +33,7 @@ from liger.ops.linear_chunks import (
 from liger.ops.linear_slices import through_slices
 from liger.ops.log_prob_rows import differentiate_rows, measure_rows
 from liger.ops.loss_rows import Options
+from liger.ops.named import named
 from liger.ops.once_differentiable import once_differentiable
 
 
@@ -117,6 +118,7 @@ def _(
     return empty_gradients(input, weight, (needs_input, needs_weight, needs_bias), compute_dtype, weight.dtype)
 
 
+@named("linear_log_prob")
 class _LinearLogProb(torch.autograd.Function):
     @staticmethod
     def forward(

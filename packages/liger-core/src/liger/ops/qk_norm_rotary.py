@@ -35,6 +35,7 @@ from liger.ops.heads import (
     with_contiguous_columns,
 )
 from liger.ops.launch import jit, launch, next_power_of_2, runs_kernels, sm_count, tl
+from liger.ops.named import named
 from liger.ops.once_differentiable import once_differentiable
 from liger.ops.rms_norm import Cast
 from liger.ops.rms_norm import reference as reference_norm
@@ -296,6 +297,7 @@ def _launch_backward(
     return column_sums(dw, *(torch.float32 if weight is None else weight.dtype for _, _, _, weight in parts))
 
 
+@named("qk_norm_rotary")
 class _QKNormRotary(torch.autograd.Function):
     @staticmethod
     def forward(

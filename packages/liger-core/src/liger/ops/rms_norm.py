@@ -27,6 +27,7 @@ from torch import Tensor
 
 from liger.ops.column_sums import column_sums
 from liger.ops.launch import jit, launch, next_power_of_2, runs_kernels, sm_count, tl
+from liger.ops.named import named
 from liger.ops.once_differentiable import once_differentiable
 
 Cast = Literal["llama", "gemma"]
@@ -169,6 +170,7 @@ def launch_backward(
     return dx, None if dw is None or weight is None else column_sums(dw, weight.dtype)[0]
 
 
+@named("rms_norm")
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor | None, eps: float, offset: float, cast: Cast) -> Tensor:

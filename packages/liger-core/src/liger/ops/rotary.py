@@ -32,6 +32,7 @@ from liger.ops.heads import (
     with_contiguous_columns,
 )
 from liger.ops.launch import jit, launch, next_power_of_2, runs_kernels, tl
+from liger.ops.named import named
 from liger.ops.once_differentiable import once_differentiable
 
 _TILE = 2048  # elements of each half that a program rotates at once; more heads than that go in turns
@@ -144,6 +145,7 @@ def _launch(
     )  # fmt: skip
 
 
+@named("rotary")
 class _Rotary(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
@@ -217,6 +219,7 @@ def _check(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, head_dim: int) -> Non
     check_shapes("rotary", q, k, cos, sin, head_dim)
 
 
+@named("rotary_one")
 class _RotaryOne(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, head_dim: int) -> Tensor:

@@ -35,6 +35,7 @@ from liger.ops.linear_chunks import (
     through_chunks,
 )
 from liger.ops.loss_rows import Options, fill_rows
+from liger.ops.named import named
 from liger.ops.upstream_scale import early_and_late, scaled
 
 _IGNORED = -1  # in a rank's own numbering of the labels, whatever `ignore_index` is
@@ -67,6 +68,7 @@ def _exchanged(lse: Tensor, z_label: Tensor, group: dist.ProcessGroup) -> tuple[
     return top, (tops - top + aboves).logsumexp(0), z_labels.sum(0)
 
 
+@named("vocab_parallel_linear_cross_entropy")
 class _VocabParallel(torch.autograd.Function):
     @staticmethod
     def forward(
