@@ -17,8 +17,16 @@ html_show_sphinx = False
 html_copy_source = False
 highlight_language = "none"  # of a block that names no language: a command, a tree
 
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "docstrings", "mathml", "public_names"]
-myst_enable_extensions = ["dollarmath"]
+extensions = [
+    "myst_parser",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.napoleon",
+    "docstrings",
+    "included_links",
+    "mathml",
+    "public_names",
+]
+myst_enable_extensions = ["deflist", "dollarmath"]
 myst_heading_anchors = 3
 html_math_renderer = "mathml"
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-PATTERNS = ("*.md", "benchmarks/*.md", "packages/*/README.md", "docs/**/*.md")
+PATTERNS = ("*.md", "benchmarks/*.md", "examples/*.md", "packages/*/README.md", "docs/**/*.md")
 PAGES = sorted(path.relative_to(ROOT).as_posix() for pattern in PATTERNS for path in ROOT.glob(pattern))
 
 _COMMENT = re.compile(r"<!-- (?:not run: (.+)|run by (.+)) -->")

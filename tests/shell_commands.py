@@ -44,9 +44,9 @@ def complaint(command):
         case ["python", "-m", "pip", "install", *what]:
             return next(filter(None, map(_of_pip, what)), None)
         case ["python", "-m", module, *rest]:
-            return _of_help(("-m", module), rest)
-        case ["python", script, *rest]:
-            return _of_help((script,), rest)
+            return _of_module(module, rest)
+        case ["python", script, *rest] | ["torchrun", "--nproc-per-node", _, script, *rest]:
+            return _of_script(script, rest)
         case ["bash", file]:
             return None if (ROOT / file).is_file() else f"no file {file}"
         case ["cd", folder]:
@@ -80,43 +80,43 @@ def _of_pip(what):
     return None if name in PACKAGES else f"{what} is no package of ours"
 
 
-def _of_help(program, words):
-    if program[0] == "-m" and not _exists(program[1]):
-        return f"no module {program[1]}"
-    if program[0] != "-m" and not (ROOT / program[0]).is_file():
-        return f"no file {program[0]}"
-    status, shown = _help(program, tuple(words))
-    if status:
-        return f"with --help exits with {status}: {shown.strip().splitlines()[-1]}"
-    options = [word.partition("=")[0] for word in words if word.startswith("--")]
-    unknown = [option for option in options if not re.search(rf"{option}\b", shown)]
-    return f"--help does not know {', '.join(unknown)}" if unknown else None
+def _of_script(script, words):
+    """Its options are looked for in its text: it may import what is not installed here."""
+    if not (ROOT / script).is_file():
+        return f"no file {script}"
+    return _unknown(words, (ROOT / script).read_text("utf-8"))
 
 
-def _exists(module):
+def _of_module(module, words):
+    """It is asked for help, with these words."""
     with mock.patch.object(sys, "path", [str(ROOT), *sys.path]):
         try:
-            return importlib.util.find_spec(module) is not None
+            exists = importlib.util.find_spec(module)
         except ModuleNotFoundError:
-            return False
+            exists = None
+        if not exists:
+            return f"no module {module}"
+        status, shown = _help(module, tuple(words))
+    return f"with --help exits with {status}: {shown}" if status else _unknown(words, shown)
+
+
+def _unknown(words, known):
+    options = [word.partition("=")[0] for word in words if word.startswith("--")]
+    unknown = [option for option in options if not re.search(rf"{option}\b", known)]
+    return f"does not know {', '.join(unknown)}" if unknown else None
 
 
 @functools.cache
-def _help(program, words):
-    """(exit status, what it printed) of a program that is given `words` and --help."""
+def _help(module, words):
+    """(exit status, what it printed) of a module that is run with `words` and --help."""
     shown = io.StringIO()
-    folder = ROOT if program[0] == "-m" else (ROOT / program[0]).parent
     with (
-        mock.patch.object(sys, "path", [str(folder), *sys.path]),
-        mock.patch.object(sys, "argv", [program[-1], *words, "--help"]),
+        mock.patch.object(sys, "argv", [module, *words, "--help"]),
         contextlib.redirect_stdout(shown),
         contextlib.redirect_stderr(shown),
     ):
         try:
-            if program[0] == "-m":
-                runpy.run_module(program[1], run_name="__main__", alter_sys=True)
-            else:
-                runpy.run_path(str(ROOT / program[0]), run_name="__main__")
+            runpy.run_module(module, run_name="__main__", alter_sys=True)
         except SystemExit as exit:
             return exit.code or 0, shown.getvalue()
-    return "nothing: it has no --help", shown.getvalue() or "\n"
+    return "nothing: it has no --help", shown.getvalue()

@@ -74,6 +74,26 @@ def test_its_commands_are_real(block):
     assert not wrong
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        "hatch run tset",
+        "hatch -e flor run test",
+        "hatch run bench --op rms_nrom",
+        "hatch run release liger-llama minor --dryrun",
+        "python -m liger explian llama",
+        "python -m liger bench --tinny",
+        "python -m bechmarks",
+        "python -m pip install liger-lama",
+        "torchrun --nproc-per-node 2 examples/fsdp2.py --stepz 20",
+        "cd packages/liger-lama",
+        "make test",
+    ],
+)
+def test_a_command_that_is_not_real_is_found(command):
+    assert complaint(command)
+
+
 @pytest.mark.parametrize("block", [block for block in ALL if block not in OURS], ids=str)
 def test_another_test_runs_it_or_it_says_why_none_does(block):
     if block.not_run:
