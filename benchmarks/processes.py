@@ -62,14 +62,15 @@ def reports(
 
     A job is taken from `jobs` when a process is free for it. One that dies is reported as `{"failed": …}`.
     """
-    waiting = [_Process(work, imports) for _ in range(at_once)]
+    waiting: list[_Process] = []
     running: dict[Connection, tuple[_Process, Job]] = {}
     try:
         while True:
             for job in _taken(jobs, at_once - len(running)):
-                process = waiting.pop(0)
+                process = waiting.pop(0) if waiting else _Process(work, imports)
                 process.connection.send(job)
                 running[process.connection] = (process, job)
+            if running and not waiting:
                 waiting.append(_Process(work, imports))
             ready = wait(list(running), timeout=max(0.0, deadline - time.monotonic())) if running else []
             if not ready:

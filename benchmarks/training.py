@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -141,7 +142,8 @@ class Training:
 
 def forget(device: torch.device) -> None:
     """Leave nothing behind, in torch.compile's caches, in cycles or in the allocator."""
-    torch._dynamo.reset()
+    if "torch._dynamo" in sys.modules:  # which takes seconds to import
+        torch._dynamo.reset()
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()

@@ -37,7 +37,7 @@ def sweep_job(group=None, way="liger", deadline=None):
 
 @pytest.fixture
 def small_memory(monkeypatch):
-    """A GPU that has room for 40 tokens: the batches that it was asked for."""
+    """A GPU that has room for 40 tokens: the batches that it was asked for, and "recover"."""
     from benchmarks import sweep
 
     asked = []
@@ -64,6 +64,7 @@ def small_memory(monkeypatch):
 
         def recover(self):
             self.recovered = True
+            asked.append("recover")
 
     monkeypatch.setattr(sweep, "Training", Training)
     return asked
@@ -77,7 +78,7 @@ def test_after_out_of_memory_no_larger_size_is_tried(small_memory):
     assert [(r["batch"], r.get("tokens_per_second"), r.get("out_of_memory")) for r in reported] == [
         (1, 32.0, None), (2, 64.0, None), (4, None, True), (8, None, True),
     ]  # fmt: skip
-    assert (8, 16) not in small_memory
+    assert small_memory == [(1, 16), "recover", (2, 16), "recover", (4, 16), "recover"]
     assert reported[0]["steps"] == 3, "a second and a half of steps of half a second"
 
 
@@ -95,7 +96,7 @@ def test_the_longest_sequence_is_found_and_nothing_said_when_time_is_up(small_me
     from benchmarks.sweep_plan import Group
 
     group = Group("llama-1b", False, ((1, 8), (1, 16)), ways=("liger",), longest=True)
-    monkeypatch.setattr(sweep, "TINY_LADDER", (16, 24, 32, 48, 64))
+    monkeypatch.setattr(sweep, "TINY_LADDER", (16, 24, 32, 48, 64, 72, 80))
     reported = []
     sweep.measure(sweep_job(group), reported.append)
     assert reported == [{"longest": {"tokens": 32, "or_more": False}}]
@@ -211,22 +212,16 @@ def test_processes_report_die_and_are_killed_when_time_is_up(tmp_path, monkeypat
     assert next(jobs) == "never comes"
 
 
-def test_a_tiny_sweep_is_written_skips_what_there_is_no_time_for_and_goes_on_from_there(tmp_path):
+def test_a_tiny_sweep_is_written_skips_what_there_is_no_time_for_and_goes_on_from_there(tmp_path, monkeypatch, capsys):
+    from benchmarks import sweep
     from benchmarks.plot import pictures
     from benchmarks.table import section
 
     file = tmp_path / "tiny.json"
+    llama = ["--tiny", "--device", "cpu", "--json", str(file), "--model", "llama-1b", "--way", "liger"]
     references = {**os.environ, "TRITON_INTERPRET": "0", "OMP_NUM_THREADS": "1"}
-
-    def run(*more):
-        command = [sys.executable, "-m", "benchmarks.sweep", "--tiny", "--device", "cpu", "--json", str(file), *more]
-        done = subprocess.run(
-            command, cwd=ROOT, env=references, check=True, capture_output=True, text=True, timeout=200
-        )
-        return done.stdout
-
-    llama = ("--model", "llama-1b", "--way", "liger")
-    run(*llama)
+    command = [sys.executable, "-m", "benchmarks.sweep", *llama]
+    subprocess.run(command, cwd=ROOT, env=references, check=True, capture_output=True, timeout=200)
     results = json.loads(file.read_text("utf-8"))
     (group,) = results["sweep"]
     assert [(row["batch"], row["sequence"]) for row in group["rows"]] == [(1, 16), (2, 16)]
@@ -234,10 +229,14 @@ def test_a_tiny_sweep_is_written_skips_what_there_is_no_time_for_and_goes_on_fro
     assert group["longest"] == {"liger": {"tokens": 24, "or_more": True}}
     assert results["skipped"] == []
 
-    again = run(*llama, "--way", "eager", "--add", "--seconds", "0.001")
-    assert "skipped  llama-1b: eager 1×16" in again
-    assert json.loads(file.read_text("utf-8"))["sweep"] == [group]
-    assert "tokens_per_second" not in again
+    monkeypatch.setattr(sys, "argv", ["sweep", *llama, "--way", "eager", "--add", "--seconds", "0"])
+    sweep.main()
+    skipped = ["llama-1b: eager 1×16", "llama-1b: eager 2×16"]
+    results = json.loads(file.read_text("utf-8"))
+    assert results["sweep"] == [group]
+    assert results["skipped"] == skipped
+    printed = capsys.readouterr().out.splitlines()
+    assert [line for line in printed if line.startswith("skipped")] == [f"skipped  {what}" for what in skipped]
 
     for row in group["rows"]:
         row["ways"]["liger"]["peak_gib"] = 1.0  # which only a GPU's allocator tells
