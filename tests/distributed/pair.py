@@ -1,6 +1,7 @@
 """Two processes on one machine that run the same cases together, and say of each how it ended.
 
-A test asks for `outcomes`; run as a script, this file is one of the processes. On CPUs they talk through gloo, on GPUs,
+A test asks for `outcomes`; run as a script, this file is one of the processes, and on_gpus.py has torchrun start as
+many as there are GPUs. On CPUs they talk through gloo, on GPUs,
 one each, through NCCL. A case that fails in one of them closes its connections, so that it fails in the other too and
 nobody waits; the next case has new ones.
 """
@@ -20,7 +21,7 @@ from unittest import SkipTest
 
 import pytest
 
-MODULES = ("data_parallel", "logits_read", "context_parallel", "vocab_parallel", "tensor_parallel")
+MODULES = ("data_parallel", "trainers", "logits_read", "context_parallel", "vocab_parallel", "tensor_parallel")
 PASSED, SKIPPED = "passed", "skipped: "
 WORLD = int(os.environ.get("WORLD_SIZE", "2"))
 RANK = int(os.environ.get("RANK", "0"))
@@ -39,7 +40,8 @@ def cases() -> dict[str, Case]:
 def outcomes(names: Iterable[str], folder: Path, device: str = "cpu", world: int = 2) -> dict[str, list[str]]:
     """Run the named cases: for each, how it ended in every process (PASSED, SKIPPED and why, or a traceback)."""
     names, processes = list(names), []
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": str(world), "CASES_DEVICE": device}
+    size = {"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
+    environment = {**os.environ, **size, "OMP_NUM_THREADS": "1", "CASES_DEVICE": device}
     if device == "cpu":
         environment |= {"CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "1"}
     for rank in range(world):
@@ -55,13 +57,19 @@ def outcomes(names: Iterable[str], folder: Path, device: str = "cpu", world: int
     finally:
         for process in processes:
             process.kill()
-    told = [folder / f"outcomes{rank}" for rank in range(world)]
-    ended = [dict(map(json.loads, path.read_text().splitlines())) if path.exists() else {} for path in told]
     logs = "\n".join((folder / f"log{rank}").read_text()[-3000:] for rank in range(world))
-    return {name: [of_rank.get(name, f"did not end\n{logs}") for of_rank in ended] for name in names}
+    return {name: told(folder, name, world, f"did not end\n{logs}") for name in names}
 
 
-def _run(folder: Path, names: list[str]) -> None:
+def told(folder: Path, name: str, world: int, otherwise: str) -> list[str]:
+    """How a case ended in every process."""
+    paths = [folder / f"outcomes{rank}" for rank in range(world)]
+    ended = [dict(map(json.loads, path.read_text().splitlines())) if path.exists() else {} for path in paths]
+    return [of_rank.get(name, otherwise) for of_rank in ended]
+
+
+def run(folder: Path, names: list[str]) -> None:
+    """Run the cases as one of the processes; how each ended is written to the folder that all of them share."""
     import torch
     import torch.distributed as dist
 
@@ -80,8 +88,8 @@ def _run(folder: Path, names: list[str]) -> None:
             outcome = _outcome(known[name])
             if not is_fine(outcome):
                 dist.destroy_process_group()
-            store.set(f"{name}{RANK}", outcome)
             print(json.dumps([name, outcome]), file=file, flush=True)
+            store.set(f"{name}{RANK}", outcome)
             if not all(is_fine(store.get(f"{name}{rank}").decode()) for rank in range(WORLD)):
                 if dist.is_initialized():
                     dist.destroy_process_group()
@@ -112,4 +120,4 @@ def _connect(folder: Path, after: str) -> None:
 
 
 if __name__ == "__main__":
-    _run(Path(sys.argv[1]), sys.argv[2:])
+    run(Path(sys.argv[1]), sys.argv[2:])

@@ -95,7 +95,8 @@ STYLES = {
 for _name, _place in STYLES.items():
     CASES[f"tensor parallel, {_name}, applied before"] = partial(check, _place, False)
     CASES[f"tensor parallel, {_name}, applied after"] = partial(check, _place, True)
-CASES["tensor parallel, transformers"] = partial(check, by_transformers, True)
+HEADS_FOR_EACH = {"num_attention_heads": 2 * WORLD, "num_key_value_heads": WORLD, "intermediate_size": 40 * WORLD}
+CASES["tensor parallel, transformers"] = partial(check, by_transformers, True, **HEADS_FOR_EACH)
 CASES["tensor parallel, rowwise head returns logits"] = partial(
     check, by_torch(RowwiseParallel(input_layouts=Replicate())), True, fused=False
 )

@@ -26,6 +26,8 @@ NCCL = [
     "op, kernel, float32, mean",
     "op, kernel, bfloat16, softcap",
     "tensor parallel, whole logits, applied after",
+    "accelerate, fsdp2, applied before",
+    "trainer, fsdp2",
 ]
 """What runs on GPUs: one strategy of each kind, and the kernels as they are compiled."""
 
