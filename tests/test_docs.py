@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import doctest
 import importlib
 import re
 import sys
@@ -68,6 +70,19 @@ def test_each_loss_has_an_example_that_trains(path):
     assert seen == {name for name in liger.losses.__all__ if name.endswith("_loss")} | {"linear_distillation"}
 
 
+@pytest.mark.parametrize("path", ["reference"], indirect=True)
+def test_the_examples_in_docstrings_show_what_comes_out(path):
+    tried = 0
+    for module in (liger.losses, liger.ops):
+        for name in module.__all__:
+            for example in doctest.DocTestFinder(recurse=False).find(getattr(module, name), name):
+                shown = doctest.DocTestRunner(verbose=False)
+                example.globs.update(vars(module), torch=torch)
+                assert shown.run(example).failed == 0, name
+                tried += bool(example.examples)
+    assert tried
+
+
 @pytest.mark.parametrize("block", [block for block in OURS if block.language == "sh"], ids=str)
 def test_its_commands_are_real(block):
     wrong = {command: said for command in block.commands() if (said := complaint(command))}
@@ -120,6 +135,26 @@ def test_what_a_page_names_in_passing_is_real(page):
 def test_readme_has_the_two_commands():
     shown = [command for block in ALL if block.page == "README.md" for command in block.commands()]
     assert {"hatch run demo", "hatch run test"} <= set(shown)
+
+
+def strings():
+    """The strings in the packages, adjoining ones as one; of an f-string, what stands between its values."""
+    for path in ROOT.glob("packages/*/src/**/*.py"):
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                yield node.value
+
+
+def test_troubleshooting_quotes_what_the_code_says():
+    page = (ROOT / "docs/troubleshooting.md").read_text("utf-8")
+    terms = re.findall(r"^\*\*`(.+)`\*\*", page, re.M) + re.findall(r"^`(.+)`\n: ", page, re.M)
+    quotes = [quote for term in terms for quote in term.split("`, `")]
+    assert len(quotes) > 10
+    said = [text.strip() for text in strings() if len(text) > 10 and " " in text.strip()]
+    for quote in quotes:
+        pieces = [piece.strip() for piece in quote.split("…") if " " in piece.strip()]
+        is_said = any(piece in text or text in piece for piece in pieces for text in said)
+        assert is_said or hasattr(liger, quote), f"the code says nothing like {quote!r}"
 
 
 def test_every_picture_of_the_benchmarks_is_shown():
