@@ -11,7 +11,7 @@ import torch
 from liger.adapter import Adapter
 from liger.cli import hardware, report
 from liger.cli.hardware import ops_run, why_no_gpu
-from liger.ops import launch
+from liger.ops import launch, rms_norm
 
 FUTURE = Adapter(modeling="transformers.models.llama99.modeling_llama99")
 
@@ -100,6 +100,9 @@ def test_the_driver_is_what_nvidia_smi_says(tmp_path, monkeypatch):
     assert hardware.driver_version() == "570.86.10"
     program.write_text("#!/bin/sh\necho no devices\nexit 6\n")
     assert hardware.driver_version() is None
+    program.write_text("#!/bin/sh\nexec sleep 60\n")
+    monkeypatch.setattr(hardware, "_PATIENCE", 0.1)
+    assert hardware.driver_version() == "nvidia-smi does not answer"
 
 
 @pytest.mark.skipif(launch.triton is None, reason="there is no Triton on this platform")
@@ -118,8 +121,9 @@ def test_a_kernel_is_tried(llama, document, run, monkeypatch):
 
 
 @pytest.mark.skipif(launch.triton is None, reason="there is no Triton on this platform")
-def test_a_kernel_that_is_wrong_fails_its_trial(llama, document, monkeypatch):
-    monkeypatch.setattr(report, "rms_norm", lambda x: x * 1.01)
+@pytest.mark.parametrize("wrong", [lambda x: rms_norm(x) + 0.01, lambda x: rms_norm(x).detach() + 0 * x])
+def test_a_kernel_that_is_wrong_in_either_direction_fails_its_trial(llama, document, monkeypatch, wrong):
+    monkeypatch.setattr(report, "rms_norm", wrong)
     status, found = document()
     assert status == 1
     assert found["ops"]["trial"].startswith("AssertionError")

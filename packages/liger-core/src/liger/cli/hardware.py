@@ -10,6 +10,9 @@ import torch
 
 from liger.ops import launch
 
+_PATIENCE = 20
+"""Seconds for nvidia-smi: with a broken driver it never returns."""
+
 
 class OpsRun(NamedTuple):
     """What the ops run, "kernels" or "references", and where or why."""
@@ -53,10 +56,13 @@ def gpus() -> list[dict[str, Any]]:
 
 
 def driver_version() -> str | None:
-    """The NVIDIA driver's, or None where there is none to ask."""
+    """The NVIDIA driver's, None where there is none to ask, or that it hangs."""
     nvidia_smi = shutil.which("nvidia-smi")
     if nvidia_smi is None:
         return None
     query = [nvidia_smi, "--query-gpu=driver_version", "--format=csv,noheader"]
-    asked = subprocess.run(query, capture_output=True, text=True, timeout=30)
+    try:
+        asked = subprocess.run(query, capture_output=True, text=True, timeout=_PATIENCE)
+    except subprocess.TimeoutExpired:
+        return "nvidia-smi does not answer"
     return asked.stdout.split("\n")[0].strip() or None if asked.returncode == 0 else None
