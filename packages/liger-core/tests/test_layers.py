@@ -169,7 +169,8 @@ def test_gate_and_up_in_one_tensor_take_one_gradient(device, act):
     )
     gate_up = torch.randn(3, 8, device=device, requires_grad=True)
     for layer in (Experts(act="hidden_act"), FusedGatedMLP(act="hidden_act")):
-        (leaf, _), *others = layer.forward(module, gate_up).grad_fn.next_functions
+        y = layer.forward(module, gate_up)
+        (leaf, _), *others = y.grad_fn.next_functions
         assert leaf.variable is gate_up
         assert not others
 

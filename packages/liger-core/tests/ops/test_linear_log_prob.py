@@ -73,7 +73,8 @@ def check(x, weight, bias, target, **options):
         if name == "is_top1":
             assert torch.equal(a, o)
         else:
-            assert_as_exact_as(a, o, e, name)
+            # Of a few numbers, how far they are off is luck: torch may have more of it than the rule's floor has room.
+            assert_as_exact_as(a, o, e, name, depth=16 if e.numel() < 16 else 1)
     return actual
 
 

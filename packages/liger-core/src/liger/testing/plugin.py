@@ -88,6 +88,14 @@ def _seeded() -> None:
     torch.manual_seed(int(os.environ.get("LIGER_SEED", "0")))
 
 
+@pytest.fixture(autouse=True)
+def _gpu_memory_given_back() -> Iterator[None]:
+    """Gigabytes that torch keeps for later go back to the GPU, which a process for each core may share."""
+    yield
+    if HAS_GPU and torch.cuda.memory_reserved() > 2**30:
+        torch.cuda.empty_cache()
+
+
 @pytest.fixture(scope="session")
 def device() -> torch.device:
     """The GPU where there is one, else the CPU."""
