@@ -32,14 +32,14 @@ RUNS += [(page, "kernel") for page, _ in RUNS if page.startswith("docs/how/")]
 """The derivations hold for the kernels, and for what users have without a GPU."""
 
 
-def names(page):
+def names(page, device):
     """What a page's blocks may use without making it: a tiny model, and two batches."""
     family = re.search(r"packages/liger-(\w+)/", page)
     name = MODELS.get(family[1], "Llama") if family else "Llama"
     transformers = importlib.import_module("transformers")
     config = getattr(transformers, f"{name}Config")(**TINY)
-    model = build(getattr(transformers, f"{name}ForCausalLM"), config, torch.device("cpu"))
-    return {"model": model, "batches": [batch(config.vocab_size, torch.device("cpu"))] * 2}
+    model = build(getattr(transformers, f"{name}ForCausalLM"), config, device)
+    return {"model": model, "batches": [batch(config.vocab_size, device)] * 2}
 
 
 def run(page, namespace):
@@ -51,13 +51,14 @@ def run(page, namespace):
 
 
 @pytest.mark.parametrize(("page", "path"), RUNS, indirect=["path"])
-def test_the_python_of_a_page_runs(page, path):
-    assert list(run(page, names(page)))
+def test_the_python_of_a_page_runs(page, path, device):
+    with device:  # the derivations say of no tensor where it is
+        assert list(run(page, names(page, device)))
 
 
 @pytest.mark.parametrize("path", ["reference"], indirect=True)
 def test_each_loss_has_an_example_that_trains(path):
-    namespace = names(CORE)
+    namespace = names(CORE, torch.device("cpu"))
     seen = set()
     for block in run(CORE, namespace):
         loss = namespace.pop("loss", None)
