@@ -1,7 +1,11 @@
-"""How the project's docstrings are read: as Google's, in which an indented paragraph is a formula or code, as it is."""
+"""How the project's docstrings are read: as Google's, in which an indented paragraph is a formula or code, as it is.
+
+A module's begins with the file that it stands in.
+"""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from sphinx.application import Sphinx
@@ -15,6 +19,9 @@ def setup(app: Sphinx) -> dict[str, Any]:
 
 def _rewrite(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
     lines[:] = as_restructured_text(lines)
+    if what == "module":
+        _, _, file = Path(obj.__file__).as_posix().rpartition("/src/")
+        lines[:0] = [f"*{file}*", ""]
 
 
 def as_restructured_text(lines: list[str]) -> list[str]:

@@ -62,7 +62,9 @@ class Plan:
     """What `apply` would do to a model. Print it."""
 
     swapped: list[Swapped] = field(default_factory=list)
+    """The modules that run a kernel."""
     declined: list[Declined] = field(default_factory=list)
+    """Those that a kernel is meant for, and that keep their own forward."""
     already: list[str] = field(default_factory=list)
     """Names of modules that an earlier `apply` has swapped; they are left alone."""
     _swaps: list[Swap] = field(default_factory=list, repr=False)

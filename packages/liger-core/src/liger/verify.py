@@ -114,7 +114,7 @@ def verify(model: nn.Module, *, inputs: Mapping[str, Any] | None = None, seed: i
         ValueError: it is sharded or on the meta device, nothing of it can be swapped, a swapped module was changed
             since, or its outputs hold no loss.
         FloatingPointError: stock's own loss or one of its gradients is not finite.
-        liger.NoAdapterError and the other errors of `liger.apply`, where the model was not patched.
+        liger.NoAdapterError: or another error of `liger.apply`, where the model was not patched.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"liger.verify: model must be a torch.nn.Module, not {type(model).__name__}")
