@@ -24,7 +24,7 @@ def main() -> None:
     """Train and save."""
     parser = argparse.ArgumentParser(description="Compiled pretraining with Liger.")
     parser.add_argument("--model", required=True, help="whose config and tokenizer: a folder, or a name on the Hub")
-    parser.add_argument("--output", default="pretrained")
+    parser.add_argument("--output", default="pretraining-output")
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--batch", type=int, default=4, help="rows in a batch")
     parser.add_argument("--length", type=int, default=4096, help="of a row, in tokens")
