@@ -16,10 +16,13 @@ All of it runs in fp32 (the reference on fp64: in fp64), and dx is rounded once.
 certainty, log p_t and the entropy have digits that a sum with m would have lost; a and gap are never negative.
 
 One kernel reads each logit once, for everything that forward returns. The other reads it once more, and writes the
-gradient in its place; it needs only the columns that it is given, not the whole row.
+gradient in its place; it needs only the columns that it is given, not the whole row. Both work with 2 in the place of
+e, so that coldness, which is log₂ e / T, turns logits into what `exp2` takes; their statistics are in base 2.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor
@@ -27,6 +30,7 @@ from torch import Tensor
 from liger.ops.launch import jit, launch, runs_kernels, tl
 from liger.ops.loss_rows import Options, capped_logits, reference_z, tile_of
 
+_LOG2_E = math.log2(math.e)
 _FAR = -1e4  # exp of it is 0 in every dtype, and 0 · it is 0, where 0 · -inf would be NaN
 
 
@@ -76,38 +80,35 @@ def _reference_differentiate(
 
 @jit(varying=())
 def _fold(
-    logits, column, columns, label, x_label, peak, total, gap, beaten, logit_scale, softcap, coldness,
-    HAS_SCALE: tl.constexpr, HAS_SOFTCAP: tl.constexpr, IS_REVERSED: tl.constexpr, MASKED: tl.constexpr,
+    logits, column, columns, peak, total, gap, logit_scale, softcap, coldness, HAS_SCALE: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Take a tile into every lane's maximum, and its sums relative to it; and whether it beats the label."""
+    """Take a tile into every lane's maximum, and its sums relative to it."""
     inside = column < columns if MASKED else None
     x = tl.load(logits + column, mask=inside, other=0.0 if MASKED else None, eviction_policy="evict_first")
-    x = x.to(tl.float32)
     z = capped_logits(x, logit_scale, softcap, HAS_SCALE, HAS_SOFTCAP) * coldness
-    larger = x < x_label if IS_REVERSED else x > x_label
-    beats = larger | ((x == x_label) & (column < label))
     if MASKED:
-        beats = beats & inside
         z = tl.where(inside, z, float("-inf"))
-    beaten = tl.maximum(beaten, tl.max(beats.to(tl.int32), axis=0))
     higher = tl.maximum(peak, tl.max(z, axis=0))
     below = z - higher[None, :]
     below = tl.where(below < -1e4, -1e4, below)  # 0 · -inf would be NaN; a NaN stays one
-    exponential = tl.exp(below)
+    exponential = tl.exp2(below)
     risen = tl.minimum(higher - peak, 1e4)
-    decay = tl.exp(-risen)
+    decay = tl.exp2(-risen)
     gap = decay * (gap + risen * total) - tl.sum(exponential * below, axis=0)
-    return higher, decay * total + tl.sum(exponential, axis=0), gap, beaten
+    return higher, decay * total + tl.sum(exponential, axis=0), gap
 
 
 @jit(varying=("target", "log_prob", "entropy", "is_top1", "statistics", "ignore_index"), registers=64)
 def _measure_kernel(
     logits, target, log_prob, entropy, is_top1, statistics, logits_stride, columns, ignore_index, softcap,
-    logit_scale, coldness, HAS_SCALE: tl.constexpr, HAS_SOFTCAP: tl.constexpr, IS_REVERSED: tl.constexpr,
-    DEPTH: tl.constexpr, WIDTH: tl.constexpr,
+    logit_scale, coldness, HAS_SCALE: tl.constexpr, HAS_SOFTCAP: tl.constexpr, DEPTH: tl.constexpr,
+    WIDTH: tl.constexpr,
 ):  # fmt: skip
+    SIZE: tl.constexpr = DEPTH * WIDTH
+    LN2: tl.constexpr = 0.6931471805599453
     tile = tl.arange(0, DEPTH)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
-    whole = columns // (DEPTH * WIDTH) * (DEPTH * WIDTH)  # up to here no tile needs a mask
+    whole = columns // SIZE * SIZE  # up to here no tile needs a mask
     # inductor hands floats over in fp64
     softcap, logit_scale = tl.full((), softcap, tl.float32), tl.full((), logit_scale, tl.float32)
     coldness = tl.full((), coldness, tl.float32)
@@ -125,35 +126,53 @@ def _measure_kernel(
         is_label = (label >= 0) & (label < columns)
         if not is_label:
             tl.device_print("liger: label out of range, its log-probability is NaN: ", label)
-        x_label = tl.load(row_logits + label, mask=is_label, other=float("nan")).to(tl.float32)
-        place = label.to(tl.int32)
+        z_label = tl.load(row_logits + label, mask=is_label, other=float("nan"))
+        z_label = capped_logits(z_label, logit_scale, softcap, HAS_SCALE, HAS_SOFTCAP) * coldness
+        place = tl.where(is_label, label, 0).to(tl.int32)
+        place_tile = place // SIZE * SIZE
         # Each of WIDTH lanes keeps its own sums, as in `loss_rows`. The first maximum is finite, so that a lane of
         # -inf stays 0, not NaN.
         peak = tl.full((WIDTH,), -3.4028234663852886e38, dtype=tl.float32)
         total = tl.zeros((WIDTH,), dtype=tl.float32)
         gap = tl.zeros((WIDTH,), dtype=tl.float32)
-        beaten = tl.zeros((WIDTH,), dtype=tl.int32)
-        for first in range(0, whole, DEPTH * WIDTH):
-            peak, total, gap, beaten = _fold(
-                row_logits, first + tile, columns, place, x_label, peak, total, gap, beaten, logit_scale, softcap,
-                coldness, HAS_SCALE, HAS_SOFTCAP, IS_REVERSED, MASKED=False,
+        for first in range(0, place_tile, SIZE):
+            peak, total, gap = _fold(
+                row_logits, first + tile, columns, peak, total, gap, logit_scale, softcap, coldness, HAS_SCALE,
+                HAS_SOFTCAP, MASKED=False,
             )  # fmt: skip
-        if whole < columns:
-            peak, total, gap, beaten = _fold(
-                row_logits, whole + tile, columns, place, x_label, peak, total, gap, beaten, logit_scale, softcap,
-                coldness, HAS_SCALE, HAS_SOFTCAP, IS_REVERSED, MASKED=True,
+        # An equal before the label is the argmax in its place, one behind it is not: the label's tile is looked at
+        # element by element, the others by their maxima.
+        beaten = (place_tile > 0) & (tl.max(peak, axis=0) >= z_label)
+        column = place_tile + tile
+        z = tl.load(row_logits + column, mask=column < columns, other=0.0)
+        z = capped_logits(z, logit_scale, softcap, HAS_SCALE, HAS_SOFTCAP) * coldness
+        beats = ((z > z_label) | ((z == z_label) & (column < place))) & (column < columns)
+        beaten = beaten | (tl.max(tl.max(beats.to(tl.int32), axis=0), axis=0) > 0)
+        peak, total, gap = _fold(
+            row_logits, column, columns, peak, total, gap, logit_scale, softcap, coldness, HAS_SCALE, HAS_SOFTCAP,
+            MASKED=True,
+        )  # fmt: skip
+        for first in range(place_tile + SIZE, whole, SIZE):
+            peak, total, gap = _fold(
+                row_logits, first + tile, columns, peak, total, gap, logit_scale, softcap, coldness, HAS_SCALE,
+                HAS_SOFTCAP, MASKED=False,
+            )  # fmt: skip
+        if (place_tile < whole) & (whole < columns):
+            peak, total, gap = _fold(
+                row_logits, whole + tile, columns, peak, total, gap, logit_scale, softcap, coldness, HAS_SCALE,
+                HAS_SOFTCAP, MASKED=True,
             )  # fmt: skip
         top = tl.max(peak, axis=0)
         risen = tl.minimum(top - peak, 1e4)
-        decay = tl.exp(-risen)
+        decay = tl.exp2(-risen)
         whole_sum = tl.sum(decay * total, axis=0)
         mean_gap = tl.sum(decay * (gap + risen * total), axis=0) / whole_sum
-        above = tl.log(whole_sum)
-        below = capped_logits(x_label, logit_scale, softcap, HAS_SCALE, HAS_SOFTCAP) * coldness - top
+        above = tl.log2(whole_sum)
+        below = z_label - top
         # A compiler may round z twice in different ways: neither may have the wrong sign for it.
-        tl.store(log_prob + row, tl.where(below > above, 0.0, below - above))
-        tl.store(entropy + row, tl.where(above + mean_gap < 0.0, 0.0, above + mean_gap))
-        tl.store(is_top1 + row, (tl.max(beaten, axis=0) == 0) & is_label)
+        tl.store(log_prob + row, tl.where(below > above, 0.0, below - above) * LN2)
+        tl.store(entropy + row, tl.where(above + mean_gap < 0.0, 0.0, above + mean_gap) * LN2)
+        tl.store(is_top1 + row, is_label & (beaten == 0) & (top <= z_label))
         tl.store(statistics + 3 * row, top)
         tl.store(statistics + 3 * row + 1, above)
         tl.store(statistics + 3 * row + 2, mean_gap)
@@ -174,10 +193,10 @@ def _differentiate(
         slope += g
     if HAS_ENTROPY:
         slope += h * (gap + tl.where(below < -1e4, -1e4, below))  # as in `_fold`
-    dx = -tl.exp(below - above) * slope
+    dx = -tl.exp2(below - above) * slope
     if HAS_LOG_PROB:
         dx += tl.where(column == label, g, 0.0)
-    dx *= logit_scale * coldness
+    dx *= logit_scale * coldness * 0.6931471805599453
     if HAS_SOFTCAP:
         dx *= 1.0 - (capped / softcap) * (capped / softcap)
     tl.store(logits + column, dx.to(logits.dtype.element_ty), mask=inside, eviction_policy="evict_first")
@@ -217,7 +236,7 @@ def _differentiate_kernel(
             g = tl.where((label >= 0) & (label < classes), g, float("nan"))
         place = (label - first_class).to(tl.int32)
         if HAS_ENTROPY:
-            h = tl.load(entropy_gradient + row * entropy_stride)
+            h = tl.load(entropy_gradient + row * entropy_stride) * 0.6931471805599453
         for first in range(0, whole, DEPTH * WIDTH):
             _differentiate(
                 row_logits, first + tile, columns, place, top, above, gap, g, h, logit_scale, softcap, coldness,
@@ -245,10 +264,9 @@ def measure_rows(
     depth, width, warps = tile_of(columns, logits.element_size())
     launch(
         _measure_kernel, (rows,), logits, target, log_prob, entropy, is_top1, statistics, logits.stride(0),
-        columns, options.ignore_index, options.softcap or 1.0, options.logit_scale, 1 / temperature,
-        HAS_SCALE=options.logit_scale != 1, HAS_SOFTCAP=options.softcap is not None,
-        IS_REVERSED=options.logit_scale < 0, DEPTH=max(depth // 2, 1), WIDTH=width,
-        num_warps=warps,
+        columns, options.ignore_index, options.softcap or 1.0, options.logit_scale, _LOG2_E / temperature,
+        HAS_SCALE=options.logit_scale != 1, HAS_SOFTCAP=options.softcap is not None, DEPTH=max(depth // 2, 1),
+        WIDTH=width, num_warps=warps,
     )  # fmt: skip
 
 
@@ -269,7 +287,7 @@ def differentiate_rows(
     launch(
         _differentiate_kernel, (rows,), logits, target, statistics, *upstream, logits.stride(0),
         *(0 if g is None else g.stride(0) for g in upstream), columns, classes, first_class, options.ignore_index,
-        options.softcap or 1.0, options.logit_scale, 1 / temperature, HAS_SCALE=options.logit_scale != 1,
+        options.softcap or 1.0, options.logit_scale, _LOG2_E / temperature, HAS_SCALE=options.logit_scale != 1,
         HAS_SOFTCAP=options.softcap is not None, HAS_LOG_PROB=log_prob_gradient is not None,
         HAS_ENTROPY=entropy_gradient is not None, DEPTH=depth, WIDTH=width, num_warps=warps,
     )  # fmt: skip
