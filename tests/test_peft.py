@@ -235,7 +235,6 @@ def test_quantised_weights_below_an_adapter(device, name, order):
     assert "not torch.nn.Linear" in reasons.pop()
 
 
-@pytest.mark.gpu
 @pytest.mark.parametrize("name", ["LoRA on all linear layers", "LoRA on the head"])
 def test_bitsandbytes_weights_below_an_adapter(device, name):
     bnb = pytest.importorskip("bitsandbytes")
