@@ -47,6 +47,4 @@ def questions_and_answers(tokenizer: Any, length: int) -> list[Row]:
 
 def preferences() -> list[dict[str, str]]:
     """For each page a prompt, how it goes on, and the same in capitals, which nobody wants to read."""
-    return [
-        {"prompt": f"{title}\n\n", "chosen": text[:400], "rejected": text[:400].upper()} for title, text in pages()
-    ]
+    return [{"prompt": f"{title}\n\n", "chosen": text[:400], "rejected": text[:400].upper()} for title, text in pages()]

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
 from python_help import pages
 
@@ -68,7 +68,9 @@ def main() -> None:
         bos_token_id=tokens.bos_token_id,
         eos_token_id=tokens.eos_token_id,
     )
-    LlamaForCausalLM(config).to(dtype).save_pretrained(options.folder)
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    model.save_pretrained(options.folder)
     tokens.save_pretrained(options.folder)
     print(f"written: {options.folder}")
 

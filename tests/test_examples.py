@@ -28,10 +28,11 @@ LOSS = re.compile(r"(?:step \d+: )?loss (\d+\.\d+)(?: -> (\d+\.\d+))?")
 
 def run(folder, command):
     """What the command prints, typed at the root of a clone; here it writes into `folder`."""
-    python, torchrun = [sys.executable], [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node"]
     words = command.replace("examples/", f"{EXAMPLES}/").split()
-    words = [*torchrun, str(PROCESSES), *words[3:]] if words[0] == "torchrun" else [*python, *words[1:]]
-    references = {**os.environ, "TRITON_INTERPRET": "0", "OMP_NUM_THREADS": "1", "MASTER_PORT": "0"}
+    if words[0] == "torchrun":  # on a port of its own, since the tests beside this one may run it too
+        words[:3] = ["python", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(PROCESSES)]
+    words[0] = sys.executable
+    references = {**os.environ, "TRITON_INTERPRET": "0", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(words, cwd=folder, env=references, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, f"{command}\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}"
     return done.stdout

@@ -56,10 +56,12 @@ def step_of(model: Any, inputs: dict[str, Tensor]) -> tuple[Any, tuple[Tensor, d
     return outputs, (outputs.loss.detach(), {name: whole(p.grad) for name, p in model.named_parameters()})
 
 
-def check(place: Place, late: bool, *, fused: bool = True, part: bool = False, **options: Any) -> None:
+def check(
+    place: Place, late: bool, *, fused: bool = True, part: bool = False, classes: int = CLASSES, **options: Any
+) -> None:
     launch.enabled = ON.type == "cuda"
-    stock = llama(vocab_size=CLASSES, **options)
-    exact, inputs = in_fp64(stock), batch(CLASSES, ON)
+    stock = llama(vocab_size=classes, **options)
+    exact, inputs = in_fp64(stock), batch(classes, ON)
     patched = copy.deepcopy(stock)
     if not late:
         liger.apply(patched, loss="linear")
@@ -95,8 +97,8 @@ STYLES = {
 for _name, _place in STYLES.items():
     CASES[f"tensor parallel, {_name}, applied before"] = partial(check, _place, False)
     CASES[f"tensor parallel, {_name}, applied after"] = partial(check, _place, True)
-HEADS_FOR_EACH = {"num_attention_heads": 2 * WORLD, "num_key_value_heads": WORLD, "intermediate_size": 40 * WORLD}
-CASES["tensor parallel, transformers"] = partial(check, by_transformers, True, **HEADS_FOR_EACH)
+EQUAL_PARTS = {"num_attention_heads": 2 * WORLD, "num_key_value_heads": WORLD, "intermediate_size": 40 * WORLD}
+CASES["tensor parallel, transformers"] = partial(check, by_transformers, True, classes=50 * WORLD, **EQUAL_PARTS)
 CASES["tensor parallel, rowwise head returns logits"] = partial(
     check, by_torch(RowwiseParallel(input_layouts=Replicate())), True, fused=False
 )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -94,3 +95,16 @@ def test_nccl_on_one_gpu(on_cuda_1, name):
 @pytest.mark.parametrize("name", NCCL)
 def test_nccl_on_two_gpus(on_cuda_2, name):
     check(on_cuda_2[name])
+
+
+def test_one_command_runs_the_cases_in_any_number_of_processes():
+    script = Path(__file__).parent / "on_gpus.py"
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3"]
+    command = [*torchrun, str(script), "op,", "same bits"]
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.splitlines()[-2:] == [
+        "op, same bits on every rank: passed",
+        "1 cases in 3 processes on cpu, 0 failed",
+    ]
