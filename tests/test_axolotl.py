@@ -1,0 +1,86 @@
+"""The plugin for Axolotl, through Axolotl's own loader where it is installed: `hatch run axolotl:test`."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import PreTrainedTokenizerFast
+
+from liger.ops import launch
+from liger.subclass import Swappable
+from liger.testing import TINY
+from liger.testing.plugin import HAS_GPU
+from liger.testing.tiny import batch
+
+sys.path.insert(0, str(Path(__file__).parent))
+from tiny_trainer import tiny_llama
+
+EXAMPLE = Path(__file__).parent.parent / "examples" / "axolotl"
+yaml = pytest.importorskip("yaml")
+tokenizers = pytest.importorskip("tokenizers")
+
+
+@pytest.fixture(autouse=True)
+def _no_interpreter(monkeypatch):
+    """What a loader does to a model does not depend on the kernels; without a GPU they would only be slow."""
+    monkeypatch.setattr(launch, "enabled", HAS_GPU)
+
+
+@pytest.fixture
+def tiny_path(device, tmp_path):
+    """A folder with a tiny model and its tokenizer."""
+    tiny_llama(device).save_pretrained(tmp_path)
+    words = {f"w{number}": number for number in range(TINY["vocab_size"])}
+    inner = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="w3"))
+    special = {"pad_token": "w0", "bos_token": "w1", "eos_token": "w2", "unk_token": "w3"}
+    PreTrainedTokenizerFast(tokenizer_object=inner, **special).save_pretrained(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def loaded(tiny_path, tmp_path, monkeypatch):
+    """Loads the model by a config with those plugins, and others of the example's options replaced."""
+    for name in ("addict", "axolotl"):
+        if importlib.util.find_spec(name) is None:
+            pytest.skip("Axolotl is not installed")
+    monkeypatch.setenv("AXOLOTL_DO_NOT_TRACK", "1")
+    monkeypatch.syspath_prepend(str(EXAMPLE))
+    from axolotl.cli.config import load_cfg
+    from axolotl.integrations.base import PluginManager
+    from axolotl.loaders import ModelLoader, load_tokenizer
+
+    def load(plugins, **options):
+        data = tmp_path / "rows.json"
+        data.write_text(json.dumps({"text": "w5 w6 w7"}))
+        config = yaml.safe_load((EXAMPLE / "config.yml").read_text())
+        config |= {"base_model": str(tiny_path), "plugins": plugins, "output_dir": str(tmp_path / "output")}
+        config |= {"datasets": [{"path": str(data), "ds_type": "json", "type": "completion"}], "bf16": HAS_GPU}
+        path = tmp_path / "config.yml"
+        path.write_text(yaml.safe_dump({**config, **options}))
+        PluginManager.get_instance().plugins.clear()
+        cfg = load_cfg(str(path))
+        torch.manual_seed(3)
+        return ModelLoader(cfg, load_tokenizer(cfg)).load()[0]
+
+    return load
+
+
+OWN_KERNELS = {"lora_mlp_kernel": False, "lora_qkv_kernel": False, "lora_o_kernel": False}
+"""Axolotl's own, which it puts on by itself, and for the whole process."""
+
+
+@pytest.mark.parametrize("options", [OWN_KERNELS, {"adapter": None, "lora_r": None}], ids=["LoRA", "full"])
+def test_the_loader_calls_the_plugin(device, loaded, options):
+    plugins = yaml.safe_load((EXAMPLE / "config.yml").read_text())["plugins"]
+    stock, patched = loaded([], **options).to(device), loaded(plugins, **options).to(device)
+    swapped = {type(module).__name__ for module in patched.modules() if isinstance(module, Swappable)}
+    assert swapped == {"LlamaForCausalLM", "Linear", "LlamaAttention", "LlamaMLP", "LlamaRMSNorm"}
+    assert not any(isinstance(module, Swappable) for module in stock.modules())
+    inputs = batch(TINY["vocab_size"], device)
+    losses = [model.train()(**inputs).loss for model in (stock, patched)]
+    torch.testing.assert_close(losses[1], losses[0], rtol=1e-4, atol=1e-4)
