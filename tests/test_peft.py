@@ -15,6 +15,7 @@ from transformers.models.llama.modeling_llama import LlamaForCausalLM
 import liger
 from liger.lazy_logits import LazyLogits
 from liger.ops import launch
+from liger.subclass import Swappable
 from liger.testing import TINY, assert_as_exact_as
 from liger.testing.parity import MODEL_DEPTH, assert_each_as_exact_as
 from liger.testing.plugin import HAS_GPU
@@ -257,3 +258,62 @@ def test_bitsandbytes_weights_below_an_adapter(device, name):
     assert any("lm_head" in d.name for d in patch.declined)
     torch.testing.assert_close(*losses)
     torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-4)
+
+
+SAVED = {
+    "head and norm": ["lm_head", "norm"],
+    "whole MLPs and attention": ["mlp", "self_attn"],
+    "a whole layer": ["layers.0"],
+}
+
+
+@pytest.mark.parametrize("then", ["trained", "merged", "with a second adapter", "unloaded"])
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("saved", SAVED)
+def test_undo_reaches_the_copies_of_modules_to_save(device, saved, order, then):
+    inputs = batch(TINY["vocab_size"], device)
+    config = lora("embed_tokens", modules_to_save=SAVED[saved])
+    stock, patched, patch = pair_of(base(device), config, order)
+    assert_trains_the_same(stock, patched, inputs)
+    if then == "with a second adapter":
+        for model in (stock, patched):
+            torch.manual_seed(4)
+            model.add_adapter("second", copy.deepcopy(config))
+            model.set_adapter("second")
+    if then in ("merged", "unloaded"):
+        stock, patched = (getattr(m, "merge_and_unload" if then == "merged" else "unload")() for m in (stock, patched))
+    patch.undo()
+    assert [type(module) for module in patched.modules()] == [type(module) for module in stock.modules()]
+    assert torch.equal(patched(**inputs).loss, stock(**inputs).loss)
+    patch.undo()
+
+
+def test_undo_of_one_patch_leaves_the_copies_of_another(device):
+    model = base(device)
+    of_norms = liger.apply(model, mlp=False, rope=False, loss=None)
+    of_the_rest = liger.apply(model)
+    wrapped = peft.get_peft_model(model, lora(Q, modules_to_save=["model.norm", "lm_head"]))
+
+    def copies():
+        return {
+            name.split(".")[-3]: isinstance(module, Swappable)
+            for name, module in wrapped.named_modules()
+            if name.endswith(".modules_to_save.default")
+        }
+
+    assert copies() == {"norm": True, "lm_head": True}
+    of_the_rest.undo()
+    assert copies() == {"norm": True, "lm_head": False}
+    of_norms.undo()
+    assert not any(isinstance(module, Swappable) for module in wrapped.modules())
+
+
+def test_undo_refuses_where_a_copy_has_become_something_else(device):
+    model = base(device)
+    patch = liger.apply(model)
+    wrapped = peft.get_peft_model(model, lora(Q, modules_to_save=["lm_head"]))
+    copied = wrapped.base_model.model.lm_head.modules_to_save["default"]
+    copied.__class__ = type("Sharded", (type(copied),), {})
+    with pytest.raises(RuntimeError, match="cannot undo: a Linear .* has become .*Sharded"):
+        patch.undo()
+    assert isinstance(model, Swappable)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from types import TracebackType
@@ -16,11 +17,19 @@ from torch import nn
 from liger.adapter import Adapter
 from liger.disabled import DISABLED
 from liger.discover import adapters_for
-from liger.plan import Plan, plan
+from liger.plan import Plan, Swap, plan
 from liger.subclass import FUSED
 from liger.switches import LINEAR, TRUE, Loss, Switches
 
 _log = logging.getLogger(__name__)
+
+_MODULES_TO_SAVE = re.compile(r"\.(original_module|modules_to_save\.[^.]+)(?=\.|$)")
+"""What PEFT puts between the name of a module that it saves and those of the module and of its copies."""
+
+
+def _place(name: str) -> str:
+    """Where a module stands, whether it is itself there or a copy that PEFT trains in its stead."""
+    return _MODULES_TO_SAVE.sub("", name)
 
 
 class Patch(Plan):
@@ -30,20 +39,36 @@ class Patch(Plan):
         return "liger.Patch\n  nothing is swapped: LIGER_DISABLE is set" if DISABLED else super().__str__()
 
     def undo(self) -> None:
-        """Give every module its class back. Undoing twice is harmless.
+        """Give every module its class back, and every copy that PEFT's modules_to_save has made of one since.
+
+        Undoing twice is harmless. A deepcopy of the whole model is another model, and stays patched.
 
         Raises:
             RuntimeError: a module's class was changed by something else since; nothing is undone then.
         """
-        for swap in self._swaps:
-            if type(swap.module) is not swap.after:
+        swapped = [(swap.module, swap) for swap in self._swaps] + self._copies()
+        for module, swap in swapped:
+            if type(module) is not swap.after:
                 raise RuntimeError(
                     f"cannot undo: a {swap.before.__name__} was swapped by liger.apply and has become "
-                    f"{type(swap.module).__module__}.{type(swap.module).__qualname__} since"
+                    f"{type(module).__module__}.{type(module).__qualname__} since"
                 )
-        for swap in self._swaps:
-            swap.module.__class__ = swap.before
+        for module, swap in swapped:
+            module.__class__ = swap.before
         self._swaps.clear()
+
+    def _copies(self) -> list[tuple[nn.Module, Swap]]:
+        """What is no module that was swapped, but stands in the place of one and has its class: a copy of it."""
+        if self._model is None or not self._swaps:
+            return []
+        places = {_place(name): swap for (name, *_), swap in zip(self.swapped, self._swaps, strict=True)}
+        originals = {swap.module for swap in self._swaps}
+        found = [(module, places.get(_place(name))) for name, module in self._model.named_modules()]
+        return [
+            (module, swap)
+            for module, swap in found
+            if swap is not None and module not in originals and isinstance(module, swap.after)
+        ]
 
     def __enter__(self) -> Patch:
         return self

@@ -68,6 +68,7 @@ class Plan:
     already: list[str] = field(default_factory=list)
     """Names of modules that an earlier `apply` has swapped; they are left alone."""
     _swaps: list[Swap] = field(default_factory=list, repr=False)
+    _model: nn.Module | None = field(default=None, repr=False)
 
     def __str__(self) -> str:
         lines = []
@@ -107,7 +108,7 @@ def plan(model: nn.Module, adapters: Iterable[Adapter], switches: Switches = DEF
     Raises:
         ValueError: a pattern of `skip` matches nothing that would be swapped or declined.
     """
-    found = Plan()
+    found = Plan(_model=model)
     for adapter in adapters:
         for name, module in model.named_modules():
             parent = model.get_submodule(name.rpartition(".")[0])
