@@ -219,8 +219,8 @@ def test_a_loss_that_is_not_fused_is_a_warning_unless_it_was_asked_for(model, ca
     model.lm_head = nn.Sequential(model.lm_head)
     apply(model).undo()
     assert said(caplog, logging.WARNING) == [
-        "LlamaForCausalLM: the logits are computed whole, because lm_head is torch.nn.modules.container.Sequential, "
-        "not torch.nn.Linear"
+        "LlamaForCausalLM: the head and its loss are not fused, because lm_head is "
+        "torch.nn.modules.container.Sequential, not torch.nn.Linear"
     ]
     caplog.clear()
     for asked in ({"loss": "full"}, {"loss": None}, {"skip": ["lm_head"]}):

@@ -174,7 +174,7 @@ def _log_patch(patch: Patch, model: str, switches: Switches) -> None:
     whole = [d for d in patch.declined if d.kind == "loss" and not switches.skipped(d.name)]
     if switches.loss == "linear" and whole and not any(s.runs == FUSED for s in patch.swapped):
         _log.warning(
-            "%s: the logits are computed whole, because %s", model, "; ".join(sorted({d.reason for d in whole}))
+            "%s: the head and its loss are not fused, because %s", model, "; ".join(sorted({d.reason for d in whole}))
         )
 
 
