@@ -73,16 +73,18 @@ def _mark(step: int, losses: list[Tensor], others: list[Tensor], device: torch.d
     }
 
 
-def _patched(device: torch.device, tiny: bool) -> Any:
-    from transformers import LlamaConfig, LlamaForCausalLM
+def _built(device: torch.device, tiny: bool, patched: bool, attention: str) -> Any:
+    from transformers import AutoModelForCausalLM, LlamaConfig
 
     import liger
 
     torch.manual_seed(0)
+    config = LlamaConfig(**(_TINY if tiny else _SMALL), tie_word_embeddings=True)
     with device:
-        model = LlamaForCausalLM(LlamaConfig(**(_TINY if tiny else _SMALL), tie_word_embeddings=True))
+        model = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
     model.bfloat16()
-    liger.apply(model)
+    if patched:
+        liger.apply(model)
     return model
 
 
@@ -93,9 +95,11 @@ def soak(
     deadline: float,
     tiny: bool = False,
     save: Callable[[list[Mark]], None] = lambda marks: None,
+    patched: bool = True,
+    attention: str = "sdpa",
 ) -> list[Mark]:
     """Take the steps, up to the deadline (of `time.monotonic`). Returns what was seen after each `every` of them."""
-    model = _patched(device, tiny)
+    model = _built(device, tiny, patched, attention)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     longest, largest = (24, 3) if tiny else (LONGEST, LARGEST)
     vocabulary, chance = model.config.vocab_size, random.Random(0)
@@ -158,6 +162,8 @@ def main() -> None:
     parser.add_argument("--every", type=int, default=EVERY, help="steps between two looks")
     parser.add_argument("--seconds", type=float, default=115, help="stop at the next look after these")
     parser.add_argument("--json", type=Path, help="write what was seen to this file, after each look")
+    parser.add_argument("--stock", action="store_true", help="without liger.apply: what grows there is not ours")
+    parser.add_argument("--attention", default="sdpa", help="transformers' attn_implementation")
     parser.add_argument("--tiny", action="store_true", help="sizes that prove the program runs, and nothing else")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args()
@@ -172,7 +178,10 @@ def main() -> None:
                 options.json, {**results, "soak": {"marks": marks, "complaints": complaints(marks), "skipped": skipped}}
             )
 
-    marks = soak(device, options.steps, options.every, began + options.seconds, options.tiny, save)
+    marks = soak(
+        device, options.steps, options.every, began + options.seconds, options.tiny, save, not options.stock,
+        options.attention,
+    )  # fmt: skip
     wrong = complaints(marks)
     print(*(wrong or [f"nothing is wrong after {marks[-1]['step']} of {options.steps} steps"]), sep="\n")
     sys.exit(bool(wrong))
