@@ -8,7 +8,7 @@ Leave out `axolotl.integrations.liger.LigerPlugin`, which is another library. Wh
 kernels do with the MLPs (`lora_mlp_kernel`), stays as it is, and the log says so.
 
 Axolotl 0.19.0 pins a transformers older than these packages take: install it with `pip install --no-deps`, and what it
-imports beside it, as the environment `axolotl` in `hatch.toml` does.
+imports beside it, as the environment `axolotl` in `hatch.toml` does; to train it needs `trl==1.9.0` too.
 """
 
 from __future__ import annotations
@@ -26,4 +26,4 @@ class LigerPlugin(BasePlugin):  # type: ignore[misc]  # of an untyped class
 
     def post_model_load(self, cfg: Any, model: Any) -> None:
         """Run after Axolotl has resized the embeddings and put the adapters on: both make new modules."""
-        get_logger(__name__).info(liger.apply(model))
+        get_logger("axolotl.liger").info(liger.apply(model))  # Axolotl shows its own loggers' INFO only
