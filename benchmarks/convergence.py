@@ -1,10 +1,10 @@
-"""A model of 100 million parameters of each family, trained on real text: stock, patched, and stock from another seed.
+"""A model of 100 million parameters of each family, trained on real text: stock, patched, and stock from other seeds.
 
     python -m benchmarks.convergence --seconds 170 --json benchmarks/results/h100-convergence.json
 
-The three runs see the same batches in the same order. Stock and patched start from the same weights; the third run
-starts from others, and how far it is from the first is the yardstick: a difference that is smaller than what another
-seed makes changes nothing for whoever trains. Weights are fp32 and the operations bf16 by autocast, as a trainer with
+All runs see the same batches in the same order. Stock and patched start from the same weights, the runs after them from
+others, and how far those are apart is the yardstick: a difference that is smaller than what another seed makes changes
+nothing for whoever trains. Weights are fp32 and the operations bf16 by autocast, as a trainer with
 `bf16=True` has it. In weights of bf16 an update of less than a 256th of the weight is lost, and the curves would show
 that rounding and not the kernels. The families run at once, each in a process of its own.
 """
@@ -30,8 +30,7 @@ from benchmarks.results_file import device_name, earlier, versions, write
 STEPS, BATCH, SEQUENCE, RATE, WARM_UP = 300, 8, 512, 6e-4, 30
 LAST_STEPS = 20
 """The steps at the end over which a final loss is the mean."""
-RUNS = {"stock": 0, "patched": 0, "another seed": 1}
-"""Each run's seed. Only `patched` is patched."""
+OTHER_SEEDS = 3
 
 _SIZES = {
     "vocab_size": 16384, "hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 7,
@@ -48,12 +47,13 @@ FAMILIES: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Job:
-    """One family's three runs."""
+    """One family's runs."""
 
     family: str
     device: torch.device
     deadline: float
     tiny: bool
+    other_seeds: int = OTHER_SEEDS
 
 
 def text_batches(count: int, batch: int, sequence: int, vocabulary: int, device: torch.device) -> list[Tensor]:
@@ -101,7 +101,8 @@ def train(job: Job, report: Callable[[Report], None]) -> None:
 
     steps, batch, sequence = (8, 2, 32) if job.tiny else (STEPS, BATCH, SEQUENCE)
     data = text_batches(steps, batch, sequence, (TINY if job.tiny else _SIZES)["vocab_size"], job.device)
-    for name, seed in RUNS.items():
+    seeds = {"stock": 0, "patched": 0, **{f"seed {seed}": seed for seed in range(1, job.other_seeds + 1)}}
+    for name, seed in seeds.items():
         model = _model(job, seed)
         if name == "patched":
             liger.apply(model)
@@ -114,22 +115,23 @@ def train(job: Job, report: Callable[[Report], None]) -> None:
 
 
 def judged(family: dict[str, Any]) -> dict[str, Any]:
-    """The final losses; how far from stock the patched run is at the end and over the whole curve, and another seed.
+    """The final losses; how far the patched run is from stock at the end and over the whole curve, and other seeds.
 
-    Two numbers may happen to be near, so the end alone would say little: `curve_…` is the root mean square over all
-    steps. Nothing where a run is missing or was cut short.
+    `final_spread` is that of all stock runs. Two numbers may happen to be near, so the end alone says little: `curve_…`
+    is the root mean square over all steps, of the seed that is nearest to stock. Nothing where a run was cut short.
     """
-    runs = family["runs"]
-    if len({len(run["losses"]) for run in runs.values()}) != 1 or runs.keys() != RUNS.keys():
+    runs = {name: run["losses"] for name, run in family["runs"].items()}
+    others = [name for name in runs if name not in ("stock", "patched")]
+    if len({len(losses) for losses in runs.values()}) != 1 or not others:
         return {}
-    stock, patched, other = (runs[name]["losses"] for name in RUNS)
-    final = {name: sum(run["losses"][-LAST_STEPS:]) / len(run["losses"][-LAST_STEPS:]) for name, run in runs.items()}
+    final = {name: sum(losses[-LAST_STEPS:]) / len(losses[-LAST_STEPS:]) for name, losses in runs.items()}
+    stock = [final["stock"], *(final[name] for name in others)]
     return {
         "final": final,
         "final_difference": abs(final["patched"] - final["stock"]),
-        "final_spread": abs(final["another seed"] - final["stock"]),
-        "curve_difference": _distance(stock, patched),
-        "curve_spread": _distance(stock, other),
+        "final_spread": max(stock) - min(stock),
+        "curve_difference": _distance(runs["stock"], runs["patched"]),
+        "curve_spread": min(_distance(runs["stock"], runs[name]) for name in others),
     }
 
 
@@ -138,7 +140,7 @@ def _distance(curve: list[float], other: list[float]) -> float:
 
 
 def within(judgement: dict[str, Any]) -> bool:
-    """Whether the patched run is as near to stock as another seed is, at the end and over the whole curve."""
+    """Whether the patched run is as near to stock as other seeds are, at the end and over the whole curve."""
     return (
         judgement["final_difference"] <= judgement["final_spread"]
         and judgement["curve_difference"] <= judgement["curve_spread"]
@@ -149,6 +151,7 @@ def main() -> None:
     """Train the families that were asked for."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.convergence", description=__doc__.partition("\n")[0])
     parser.add_argument("--family", action="append", choices=list(FAMILIES), help="may be repeated; all without it")
+    parser.add_argument("--other-seeds", type=int, default=OTHER_SEEDS, help="stock runs beside the first")
     parser.add_argument("--at-once", type=int, default=len(FAMILIES), help="processes that share the GPU")
     parser.add_argument("--seconds", type=float, default=170, help="runs are cut short after these")
     parser.add_argument("--json", type=Path, help="write the curves to this file, after each run")
@@ -163,7 +166,7 @@ def main() -> None:
         results["convergence"] = earlier(options.json, results["device"]).get("convergence", {})
     results["convergence"].update({family: {"runs": {}} for family in families})
     deadline = began + options.seconds
-    jobs = [Job(family, device, deadline, options.tiny) for family in families]
+    jobs = [Job(family, device, deadline, options.tiny, options.other_seeds) for family in families]
     # A run notices by itself that the time is up; a little later it would be killed.
     for job, report in reports(train, iter(jobs), deadline + 15, at_once=options.at_once):
         entry = results["convergence"][job.family]

@@ -24,6 +24,7 @@ import matplotlib.pyplot as plt
 from benchmarks.peers import NAMES
 
 _COLORS = ("#9e9e9e", "#5f6b7a", "#e69f00", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#b59f00", "#0047ab")
+_CURVES = ("#9e9e9e", "#0047ab", "#e69f00", "#d55e00", "#b59f00")
 COLORS = dict(zip(NAMES, _COLORS, strict=True))
 Case = dict[str, Any]
 Record = dict[str, Any]
@@ -115,13 +116,15 @@ def sweep_picture(group: Record, device: str, file: Path) -> None:
 
 
 def convergence_picture(families: dict[str, Record], device: str, file: Path) -> None:
-    """Write the curves of each family, and under them how far two of the runs are from the stock one."""
+    """Write the curves of each family, and under them how far the other runs are from the stock one."""
     figure, all_axes = plt.subplots(
         2, len(families), figsize=(3.6 * len(families), 6), squeeze=False, sharex="col", layout="constrained"
     )
     for (family, entry), (losses, distance) in zip(families.items(), all_axes.T, strict=True):
         stock = entry["runs"]["stock"]["losses"]
-        for (name, run), color in zip(entry["runs"].items(), ("#9e9e9e", "#0047ab", "#e69f00"), strict=False):
+        for (name, run), color in zip(
+            entry["runs"].items(), ("#9e9e9e", "#0047ab", "#e69f00", "#d55e00", "#b59f00"), strict=False
+        ):
             losses.plot(
                 run["losses"], color=color, label=name, linewidth=1, linestyle="--" if name == "patched" else "-"
             )
