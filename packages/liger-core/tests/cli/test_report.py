@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import platform
 
@@ -31,7 +32,7 @@ def test_the_document_has_these_keys(llama, document):
     assert (found["schema"], found["command"], found["problems"]) == (1, "report", [])
     assert found["python"] == platform.python_version()
     assert found["versions"].keys() >= {"liger-core", "torch", "triton", "transformers"}
-    assert found["versions"]["torch"] == torch.__version__
+    assert found["versions"]["torch"] == importlib.metadata.version("torch")
     assert found["ops"].keys() == {"run", "because", "trial"}
     assert found["adapters"] == [
         {
@@ -48,7 +49,7 @@ def test_the_document_has_these_keys(llama, document):
 def test_what_is_not_installed_is_null_or_left_out(llama, document, monkeypatch):
     monkeypatch.setattr(report, "_REQUIRED", ("torch", "no-such-package"))
     monkeypatch.setattr(report, "_BESIDE", ("no-such-package-either",))
-    assert document()[1]["versions"] == {"torch": torch.__version__, "no-such-package": None}
+    assert document()[1]["versions"] == {"torch": importlib.metadata.version("torch"), "no-such-package": None}
 
 
 def test_variables_that_change_what_runs_are_listed(llama, document, run, monkeypatch):

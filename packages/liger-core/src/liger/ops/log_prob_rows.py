@@ -16,8 +16,9 @@ All of it runs in fp32 (the reference on fp64: in fp64), and dx is rounded once.
 certainty, log p_t and the entropy have digits that a sum with m would have lost; a and gap are never negative.
 
 One kernel reads each logit once, for everything that forward returns. The other reads it once more, and writes the
-gradient in its place; it needs only the columns that it is given, not the whole row. Both work with 2 in the place of
-e, so that coldness, which is log₂ e / T, turns logits into what `exp2` takes; their statistics are in base 2.
+gradient in its place; it needs only the columns that it is given, not the whole row. Both take differences first, which
+are exact where logits are near each other, and then turn them into what `exp2` takes, by coldness = log₂ e / T: their m
+is that of T z, and their a and gap are in base 2.
 """
 
 from __future__ import annotations
@@ -86,14 +87,14 @@ def _fold(
     """Take a tile into every lane's maximum, and its sums relative to it."""
     inside = column < columns if MASKED else None
     x = tl.load(logits + column, mask=inside, other=0.0 if MASKED else None, eviction_policy="evict_first")
-    z = capped_logits(x, logit_scale, softcap, HAS_SCALE, HAS_SOFTCAP) * coldness
+    z = capped_logits(x, logit_scale, softcap, HAS_SCALE, HAS_SOFTCAP)
     if MASKED:
         z = tl.where(inside, z, float("-inf"))
     higher = tl.maximum(peak, tl.max(z, axis=0))
-    below = z - higher[None, :]
+    below = (z - higher[None, :]) * coldness
     below = tl.where(below < -1e4, -1e4, below)  # 0 · -inf would be NaN; a NaN stays one
     exponential = tl.exp2(below)
-    risen = tl.minimum(higher - peak, 1e4)
+    risen = tl.minimum((higher - peak) * coldness, 1e4)
     decay = tl.exp2(-risen)
     gap = decay * (gap + risen * total) - tl.sum(exponential * below, axis=0)
     return higher, decay * total + tl.sum(exponential, axis=0), gap
@@ -127,7 +128,7 @@ def _measure_kernel(
         if not is_label:
             tl.device_print("liger: label out of range, its log-probability is NaN: ", label)
         z_label = tl.load(row_logits + label, mask=is_label, other=float("nan"))
-        z_label = capped_logits(z_label, logit_scale, softcap, HAS_SCALE, HAS_SOFTCAP) * coldness
+        z_label = capped_logits(z_label, logit_scale, softcap, HAS_SCALE, HAS_SOFTCAP)
         place = tl.where(is_label, label, 0).to(tl.int32)
         place_tile = place // SIZE * SIZE
         # Each of WIDTH lanes keeps its own sums, as in `loss_rows`. The first maximum is finite, so that a lane of
@@ -145,7 +146,7 @@ def _measure_kernel(
         beaten = (place_tile > 0) & (tl.max(peak, axis=0) >= z_label)
         column = place_tile + tile
         z = tl.load(row_logits + column, mask=column < columns, other=0.0)
-        z = capped_logits(z, logit_scale, softcap, HAS_SCALE, HAS_SOFTCAP) * coldness
+        z = capped_logits(z, logit_scale, softcap, HAS_SCALE, HAS_SOFTCAP)
         beats = ((z > z_label) | ((z == z_label) & (column < place))) & (column < columns)
         beaten = beaten | (tl.max(tl.max(beats.to(tl.int32), axis=0), axis=0) > 0)
         peak, total, gap = _fold(
@@ -163,12 +164,12 @@ def _measure_kernel(
                 HAS_SOFTCAP, MASKED=True,
             )  # fmt: skip
         top = tl.max(peak, axis=0)
-        risen = tl.minimum(top - peak, 1e4)
+        risen = tl.minimum((top - peak) * coldness, 1e4)
         decay = tl.exp2(-risen)
         whole_sum = tl.sum(decay * total, axis=0)
         mean_gap = tl.sum(decay * (gap + risen * total), axis=0) / whole_sum
         above = tl.log2(whole_sum)
-        below = z_label - top
+        below = (z_label - top) * coldness
         # A compiler may round z twice in different ways: neither may have the wrong sign for it.
         tl.store(log_prob + row, tl.where(below > above, 0.0, below - above) * LN2)
         tl.store(entropy + row, tl.where(above + mean_gap < 0.0, 0.0, above + mean_gap) * LN2)
@@ -187,7 +188,7 @@ def _differentiate(
     inside = column < columns if MASKED else None
     x = tl.load(logits + column, mask=inside, other=0.0 if MASKED else None, eviction_policy="evict_first")
     capped = capped_logits(x, logit_scale, softcap, HAS_SCALE, HAS_SOFTCAP)
-    below = capped * coldness - top
+    below = (capped - top) * coldness
     slope = tl.zeros_like(below)
     if HAS_LOG_PROB:
         slope += g

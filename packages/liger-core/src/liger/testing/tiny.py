@@ -32,7 +32,7 @@ def build(cls: type[nn.Module], config: Any, device: torch.device, dtype: torch.
         model = cls(config)
     with torch.no_grad():
         for parameter in model.parameters():
-            noise = torch.randn(parameter.shape, generator=generator)
+            noise = torch.randn(parameter.shape, generator=generator, device="cpu")
             parameter.copy_(parameter + 0.3 * noise if parameter.dim() == 1 else 0.15 * noise)
     return model.to(device=device, dtype=dtype).train()
 
@@ -40,6 +40,6 @@ def build(cls: type[nn.Module], config: Any, device: torch.device, dtype: torch.
 def batch(vocab_size: int, device: torch.device, rows: int = 2, length: int = 9) -> dict[str, Tensor]:
     """Input ids, and labels of which some are ignored."""
     generator = torch.Generator().manual_seed(1)
-    ids = torch.randint(3, vocab_size, (rows, length), generator=generator)
-    labels = ids.masked_fill(torch.rand(ids.shape, generator=generator) < 0.25, -100)
+    ids = torch.randint(3, vocab_size, (rows, length), generator=generator, device="cpu")
+    labels = ids.masked_fill(torch.rand(ids.shape, generator=generator, device="cpu") < 0.25, -100)
     return {"input_ids": ids.to(device), "labels": labels.to(device)}
