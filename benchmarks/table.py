@@ -1,6 +1,7 @@
-"""README's tables, from the figures in benchmarks/results: `python -m benchmarks.table --write`.
+"""The tables of benchmarks/results, from the figures there: `python -m benchmarks.table --write`.
 
-Without `--write` they are printed. tests/test_benchmarks.py fails when README has other tables than this makes.
+All of them go into benchmarks/results/README.md, and of each GPU the training of whole models and the ops' times into
+the README of the project. Without `--write` all are printed. tests/test_benchmarks.py fails when they are stale.
 """
 
 from __future__ import annotations
@@ -19,8 +20,10 @@ from benchmarks.training import WAYS
 from benchmarks.training_tables import convergence, soak, sweep
 
 RESULTS = Path(__file__).parent / "results"
+ALL = RESULTS / "README.md"
 README = Path(__file__).parent.parent / "README.md"
-BEGIN, END = "<!-- begin: python -m benchmarks.table -->", "<!-- end -->"
+COMMAND = "python -m benchmarks.table"
+BEGIN, END = f"<!-- begin: {COMMAND} -->", "<!-- end -->"
 
 
 def _ms(time: float) -> str:
@@ -49,6 +52,13 @@ def _ops(results: dict[str, Any], names: list[str]) -> list[str]:
         times = [_time(case["peers"].get(name), with_memory) for name in names]
         lines.append(row([case["op"], case["shape"], _ms(case["floor_ms"]), *times]))
     return lines
+
+
+def ops(results: dict[str, Any]) -> list[str]:
+    """The paragraphs of the ops' times."""
+    names = [name for name in NAMES if any(name in case["peers"] for case in results["cases"])]
+    caption = "GPU milliseconds of forward + backward in bf16, for the losses with peak MiB:"
+    return [caption, "\n".join(_ops(results, names))]
 
 
 def _hosts(results: dict[str, Any], names: list[str]) -> list[str]:
@@ -112,15 +122,14 @@ def section(results: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {number}" for name, number in results["versions"].items())
     for key, (title, paragraphs) in OTHERS.items():
         if key in results:
-            return "\n\n".join([f"### {results['device']}: {title}", f"{versions}.", *paragraphs(results)])
+            return "\n\n".join([f"## {results['device']}: {title}", f"{versions}.", *paragraphs(results)])
     names = [name for name in NAMES if any(name in case["peers"] for case in results["cases"])]
-    parts = [f"### {results['device']}", f"{versions}."]
+    parts = [f"## {results['device']}: ops and steps", f"{versions}."]
     if results.get("not_installed"):
         parts[-1] += f" Not installed: {', '.join(results['not_installed'])}."
     if results["cases"]:
         parts += [
-            "GPU milliseconds of forward + backward in bf16, for the losses with peak MiB:",
-            "\n".join(_ops(results, names)),
+            *ops(results),
             "Microseconds of host time for forward + backward at tiny sizes:",
             "\n".join(_hosts(results, names)),
         ]
@@ -144,31 +153,46 @@ def section(results: dict[str, Any]) -> str:
     return "\n\n".join(parts)
 
 
-def tables() -> str:
+def _results() -> list[dict[str, Any]]:
+    return [json.loads(file.read_text("utf-8")) for file in sorted(RESULTS.glob("*.json"))]
+
+
+def everything() -> str:
     """The tables of every result file."""
-    files = sorted(RESULTS.glob("*.json"))
-    if not files:
-        return "No result file is in benchmarks/results yet."
-    return "\n\n".join(section(json.loads(file.read_text("utf-8"))) for file in files)
+    title = f"# Results\n\nMade from the files beside this one by `{COMMAND} --write`."
+    return "\n\n".join([title, *map(section, _results())]) + "\n"
+
+
+def headline() -> str:
+    """The tables of whole models, and those of the ops."""
+    parts = []
+    for results in _results():
+        if "sweep" in results:
+            parts += [f"### Training on one {results['device']}", *sweep(results)]
+    for results in _results():
+        if results.get("cases"):
+            parts += [f"### The ops on one {results['device']}", *ops(results)]
+    return "\n\n".join(parts)
 
 
 def updated(readme: str) -> str:
-    """`readme` with the present tables between its two markers."""
+    """`readme` with the present headline between its two markers."""
     before, _, rest = readme.partition(BEGIN)
     _, found, after = rest.partition(END)
     if not found:
         raise ValueError(f"README.md needs the lines {BEGIN} and {END}")
-    return f"{before}{BEGIN}\n\n{tables()}\n\n{END}{after}"
+    return f"{before}{BEGIN}\n\n{headline()}\n\n{END}{after}"
 
 
 def main() -> None:
-    """Print the tables, or write them into README.md."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.table", description="README's tables.")
-    parser.add_argument("--write", action="store_true", help="put them into README.md")
+    """Print the tables, or write them into the two files."""
+    parser = argparse.ArgumentParser(prog=COMMAND, description="The tables of the results.")
+    parser.add_argument("--write", action="store_true", help="put them into README.md and benchmarks/results/README.md")
     if parser.parse_args().write:
         README.write_text(updated(README.read_text("utf-8")), encoding="utf-8")
+        ALL.write_text(everything(), encoding="utf-8")
     else:
-        print(tables())
+        print(everything())
 
 
 if __name__ == "__main__":

@@ -74,8 +74,6 @@ def sweep(results: Record) -> list[str]:
             "The longest sequence that fits with batch 1, among powers of two and ¾ of them (≥: the longest tried):",
             "\n".join(_longest(searched)),
         ]
-    if results["skipped"]:
-        parts.append(f"Not measured for want of time: {'; '.join(results['skipped'])}.")
     return parts
 
 

@@ -101,10 +101,11 @@ def test_errors_are_measured_in_stretches_as_in_one_piece():
 
 
 def test_readme_shows_the_committed_results():
-    from benchmarks.table import updated
+    from benchmarks.table import ALL, everything, updated
 
     readme = (ROOT / "README.md").read_text("utf-8")
     assert readme == updated(readme), "README's tables are stale: python -m benchmarks.table --write"
+    assert ALL.read_text("utf-8") == everything(), "the results' tables are stale: python -m benchmarks.table --write"
 
 
 def test_the_tables_show_failures_and_absent_peers():
