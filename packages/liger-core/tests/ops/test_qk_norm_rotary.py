@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import importlib
-
 import pytest
 import torch
 
 from liger.ops import qk_norm_rotary, rms_norm, rotary
+from liger.ops import qk_norm_rotary_kernels as kernels
 from liger.ops.rms_norm import Cast
 from liger.testing import assert_as_exact_as
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
-module = importlib.import_module("liger.ops.qk_norm_rotary")  # `liger.ops.qk_norm_rotary` is the function
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 DTYPES = [
@@ -119,8 +117,8 @@ def test_angles_of_one_batch_or_of_each(device, path, batch):
 
 
 def test_more_heads_than_a_program_works_on_at_once(device, path, monkeypatch):
-    monkeypatch.setattr(module, "_FORWARD_TILE", 32)
-    monkeypatch.setattr(module, "_BACKWARD_TILE", 32)
+    monkeypatch.setattr(kernels, "_FORWARD_TILE", 32)
+    monkeypatch.setattr(kernels, "_BACKWARD_TILE", 32)
     check(make(device, heads=(5, 3), width=12))
 
 
@@ -235,11 +233,16 @@ def test_one_output_unused(device, path, used):
             assert actual is None or not actual.any()
 
 
-def test_an_unused_output_costs_no_work(device, monkeypatch):
+@pytest.fixture
+def asked(monkeypatch):
+    """The options of each launch of a kernel."""
     pytest.importorskip("triton")
-    asked = []
-    launch = module.launch
-    monkeypatch.setattr(module, "launch", lambda *a, **options: asked.append(options) or launch(*a, **options))
+    options, launch = [], kernels.launch
+    monkeypatch.setattr(kernels, "launch", lambda *args, **more: options.append(more) or launch(*args, **more))
+    return options
+
+
+def test_an_unused_output_costs_no_work(device, asked):
     inputs = make(device)
     for t in inputs[:4]:
         t.requires_grad_()
@@ -258,11 +261,7 @@ def test_an_unused_output_costs_no_work(device, monkeypatch):
         ((0, 3), (3, 2, True)),
     ],
 )
-def test_frozen_inputs_get_no_gradient(device, trained, asked_for, monkeypatch):
-    pytest.importorskip("triton")
-    asked = []
-    launch = module.launch
-    monkeypatch.setattr(module, "launch", lambda *a, **options: asked.append(options) or launch(*a, **options))
+def test_frozen_inputs_get_no_gradient(device, trained, asked_for, asked):
     inputs = make(device)
     results = []
     for function in (qk_norm_rotary, stock):
