@@ -16,12 +16,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import rotary_in_own_dtype
 from packaging.version import Version
-from try_kernels import Findings, expression, find
 
 import liger
+import rotary_in_own_dtype
 from liger.layers import Stock
+from try_kernels import Findings, expression, find
 
 PYPROJECT = """\
 [build-system]

@@ -18,9 +18,10 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from alone import PACKAGES, ROOT, build, empty_environment, install
 from hatchling.version.scheme.standard import StandardScheme
 from packaging.requirements import Requirement
+
+from alone import PACKAGES, ROOT, build, empty_environment, install
 
 CORE = "liger-core"
 FRAGMENT = re.compile(r"(\d+|\+[\w-]+)\.(added|changed|fixed|removed)\.md")

@@ -18,7 +18,6 @@ from types import ModuleType
 from typing import Any, get_args
 
 import torch
-from rotary_in_own_dtype import rotary_in_own_dtype
 from torch import Tensor, nn
 
 from liger.adapter import Adapter, Layer
@@ -31,6 +30,7 @@ from liger.testing import TINY
 from liger.testing.parity import recorded_calls
 from liger.testing.tiny import batch, build
 from liger.testing.unnamed import language_parts, looks_like, rotary_functions
+from rotary_in_own_dtype import rotary_in_own_dtype
 
 CPU = torch.device("cpu")
 SIZES = {"num_experts": 4, "num_local_experts": 4, "n_routed_experts": 4, "num_experts_per_tok": 2} | {

@@ -6,14 +6,11 @@ import email
 import json
 import re
 import subprocess
-import sys
 import zipfile
-from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
 from alone import PACKAGES, build, empty_environment, install
 
 NAMES = [package.name for package in PACKAGES]

@@ -4,31 +4,22 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from liger.ops import launch
 from liger.subclass import Swappable
 from liger.testing import TINY
 from liger.testing.plugin import HAS_GPU
 from liger.testing.tiny import batch
-
-sys.path.insert(0, str(Path(__file__).parent))
 from tiny_trainer import tiny_llama
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "axolotl"
 yaml = pytest.importorskip("yaml")
 tokenizers = pytest.importorskip("tokenizers")
-
-
-@pytest.fixture(autouse=True)
-def _no_interpreter(monkeypatch):
-    """What a loader does to a model does not depend on the kernels; without a GPU they would only be slow."""
-    monkeypatch.setattr(launch, "enabled", HAS_GPU)
+pytestmark = pytest.mark.usefixtures("no_interpreter")
 
 
 @pytest.fixture

@@ -93,10 +93,9 @@ def assert_together(stock: Any, data: list[Tensor], lr: float = 3e-3) -> None:
 
 
 @each_family
+@pytest.mark.usefixtures("no_interpreter")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def test_the_curves_lie_together(family, device, dtype, monkeypatch):
-    """Through the references on a CPU, through the kernels on a GPU."""
-    monkeypatch.setattr(launch, "enabled", device.type == "cuda")
+def test_the_curves_lie_together(family, device, dtype):
     assert_together(model(family, device).to(dtype), batches(40, rows=8, length=32))
 
 
@@ -115,8 +114,8 @@ def test_the_curves_of_a_longer_run_lie_together(family, device, dtype):
     assert_together(model(family, device, **sizes).to(dtype), batches(300, rows=16, length=128), lr=1e-3)
 
 
-def test_a_norm_that_is_off_by_a_thousandth_is_seen(device, monkeypatch):
-    monkeypatch.setattr(launch, "enabled", device.type == "cuda")
+@pytest.mark.usefixtures("no_interpreter")
+def test_a_norm_that_is_off_by_a_thousandth_is_seen(device):
     llama = liger.adapters()["llama"].load()
     norm = {"LlamaRMSNorm": RMSNorm(eps="variance_epsilon", offset=0.001)}
     broken = dataclasses.replace(llama, modules={**llama.modules, **norm})

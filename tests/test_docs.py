@@ -6,19 +6,15 @@ import ast
 import doctest
 import importlib
 import re
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 import liger.losses
 import liger.ops
+from code_blocks import ALL, PAGES, ROOT
 from liger.testing import TINY
 from liger.testing.tiny import batch, build
-
-sys.path.insert(0, str(Path(__file__).parent))
-from code_blocks import ALL, PAGES, ROOT
 from shell_commands import complaint
 
 CORE = "packages/liger-core/README.md"

@@ -6,10 +6,8 @@ import copy
 import dataclasses
 import functools
 import inspect
-import sys
 from collections.abc import Iterator
 from importlib.metadata import entry_points
-from pathlib import Path
 
 import pytest
 import torch
@@ -20,26 +18,18 @@ from transformers.models.mixtral.modeling_mixtral import MixtralForCausalLM
 from transformers.models.phimoe import modeling_phimoe
 
 import liger
+from contracts import contracts
 from liger.adapter import Adapter, Layer
 from liger.causal_lm import CausalLM
 from liger.layers import Stock
-from liger.ops import launch
 from liger.testing import TINY, AdapterContract
 from liger.testing.parity import assert_same_step, in_fp64
 from liger.testing.tiny import batch, build
 
-sys.path.insert(0, str(Path(__file__).parent))
-from contracts import contracts
+pytestmark = pytest.mark.usefixtures("no_interpreter")
 
 CONTRACTS = contracts()
 each_contract = pytest.mark.parametrize("contract", CONTRACTS.values(), ids=CONTRACTS)
-
-
-@pytest.fixture(autouse=True)
-def references(device, monkeypatch):
-    """Nothing here depends on which path an op takes; interpreted kernels would take minutes."""
-    if device.type == "cpu":
-        monkeypatch.setattr(launch, "enabled", False)
 
 
 @pytest.fixture(autouse=True)

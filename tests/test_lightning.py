@@ -3,29 +3,18 @@
 from __future__ import annotations
 
 import copy
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 import liger
 from liger.lazy_logits import LazyLogits
-from liger.ops import launch
 from liger.subclass import Swappable
 from liger.testing.plugin import HAS_GPU
-
-sys.path.insert(0, str(Path(__file__).parent))
 from tiny_trainer import samples, stock_and_patched, tiny_llama
 
 lightning = pytest.importorskip("pytorch_lightning")
-pytestmark = pytest.mark.filterwarnings("ignore:::pytorch_lightning")
-
-
-@pytest.fixture(autouse=True)
-def _no_interpreter(monkeypatch):
-    """What a trainer asks of a model does not depend on the kernels; without a GPU they would only be slow."""
-    monkeypatch.setattr(launch, "enabled", HAS_GPU)
+pytestmark = [pytest.mark.usefixtures("no_interpreter"), pytest.mark.filterwarnings("ignore:::pytorch_lightning")]
 
 
 class Module(lightning.LightningModule):

@@ -11,23 +11,16 @@ from transformers.models.llama.modeling_llama import LlamaForCausalLM
 
 import liger
 from liger.lazy_logits import LazyLogits
-from liger.ops import launch
 from liger.testing import TINY
-from liger.testing.plugin import HAS_GPU
 from liger.testing.tiny import batch, build
 
 peft = pytest.importorskip("peft")
 pytestmark = [
+    pytest.mark.usefixtures("no_interpreter"),
     pytest.mark.filterwarnings("ignore:::peft"),
     pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning"),
 ]
 STEPS = 4
-
-
-@pytest.fixture(autouse=True)
-def _no_interpreter(monkeypatch):
-    """What PEFT and bitsandbytes do to a model does not depend on the kernels."""
-    monkeypatch.setattr(launch, "enabled", HAS_GPU)
 
 
 @pytest.fixture

@@ -15,8 +15,6 @@ from hatchling import build as hatchling
 
 import liger
 from liger.layers import Stock
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
 from new_adapter import left_out, main, texts, write
 from try_kernels import find
 

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import transformers
 
-sys.path.insert(0, str(Path(__file__).parent))
 from clone import Clone
 
 

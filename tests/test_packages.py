@@ -14,8 +14,6 @@ from packaging.version import Version
 
 import liger
 from liger import discover
-
-sys.path.insert(0, str(Path(__file__).parent))
 from shell_commands import environments
 
 if sys.version_info >= (3, 11):

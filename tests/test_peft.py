@@ -14,24 +14,17 @@ from transformers.models.llama.modeling_llama import LlamaForCausalLM
 
 import liger
 from liger.lazy_logits import LazyLogits
-from liger.ops import launch
 from liger.subclass import Swappable
 from liger.testing import TINY, assert_as_exact_as
 from liger.testing.parity import MODEL_DEPTH, assert_each_as_exact_as
-from liger.testing.plugin import HAS_GPU
 from liger.testing.tiny import batch, build
 
 peft = pytest.importorskip("peft")
 pytestmark = [
+    pytest.mark.usefixtures("no_interpreter"),
     pytest.mark.filterwarnings("ignore:::peft"),
     pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning"),
 ]
-
-
-@pytest.fixture(autouse=True)
-def _no_interpreter(monkeypatch):
-    """What PEFT does to a model does not depend on the kernels; without a GPU they would only be slow."""
-    monkeypatch.setattr(launch, "enabled", HAS_GPU)
 
 
 def lora(*targets, **options):

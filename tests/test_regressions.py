@@ -49,14 +49,7 @@ from liger.testing import TINY, assert_as_exact_as
 from liger.testing.parity import assert_same_step, in_fp64
 from liger.testing.tiny import batch, build
 
-pytestmark = pytest.mark.usefixtures("poisoned_memory")
-
-
-@pytest.fixture(autouse=True)
-def references(device, monkeypatch):
-    """Where a test does not ask for `path`: interpreted kernels would take minutes."""
-    if device.type == "cpu":
-        monkeypatch.setattr(launch, "enabled", False)
+pytestmark = pytest.mark.usefixtures("no_interpreter", "poisoned_memory")
 
 
 def llama(device, **options):

@@ -5,12 +5,9 @@ from __future__ import annotations
 import datetime
 import re
 import shutil
-import sys
-from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))
 from clone import ROOT, Clone
 
 LLAMA = "packages/liger-llama"

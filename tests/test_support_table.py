@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import re
-import sys
 from importlib.metadata import entry_points
 from pathlib import Path
 
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent))
-sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
 import support_table
 from contracts import contracts
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import shutil
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,22 +11,14 @@ from torch import nn
 
 import liger
 from liger.lazy_logits import LazyLogits
-from liger.ops import launch
 from liger.testing import TINY
 from liger.testing.parity import MODEL_DEPTH, assert_each_as_exact_as
 from liger.testing.plugin import HAS_GPU
 from liger.testing.tiny import batch
-
-sys.path.insert(0, str(Path(__file__).parent))
 from tiny_trainer import logged, losses_and_norms, samples, stock_and_patched, tiny_llama, trainer
 
 accelerate = pytest.importorskip("accelerate")
-
-
-@pytest.fixture(autouse=True)
-def _no_interpreter(monkeypatch):
-    """What a Trainer asks of a model does not depend on the kernels; without a GPU they would only be slow."""
-    monkeypatch.setattr(launch, "enabled", HAS_GPU)
+pytestmark = pytest.mark.usefixtures("no_interpreter")
 
 
 @pytest.fixture

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,20 +11,12 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import liger
-from liger.ops import launch
 from liger.subclass import Swappable
 from liger.testing import TINY
-from liger.testing.plugin import HAS_GPU
 from liger.testing.tiny import batch
-
-sys.path.insert(0, str(Path(__file__).parent))
 from tiny_trainer import losses_and_norms, stock_and_patched, tiny_llama, trainer
 
-
-@pytest.fixture(autouse=True)
-def _no_interpreter(monkeypatch):
-    """What a Trainer writes does not depend on the kernels; without a GPU they would only be slow."""
-    monkeypatch.setattr(launch, "enabled", HAS_GPU)
+pytestmark = pytest.mark.usefixtures("no_interpreter")
 
 
 def assert_close(ours, theirs):

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,29 +13,23 @@ from transformers.models.mixtral.modeling_mixtral import MixtralForCausalLM
 import liger
 from liger import layers
 from liger.lazy_logits import LazyLogits
-from liger.ops import launch
 from liger.subclass import Swappable
 from liger.testing import TINY
-from liger.testing.plugin import HAS_GPU
 from liger.testing.tiny import batch, build
-
-sys.path.insert(0, str(Path(__file__).parent))
 from tiny_trainer import OPTIONS, tiny_llama
 
 peft = pytest.importorskip("peft")
 trl = pytest.importorskip("trl")
 datasets = pytest.importorskip("datasets")
 tokenizers = pytest.importorskip("tokenizers")
-pytestmark = [pytest.mark.filterwarnings("ignore:::trl"), pytest.mark.filterwarnings("ignore:::transformers")]
+pytestmark = [
+    pytest.mark.usefixtures("no_interpreter"),
+    pytest.mark.filterwarnings("ignore:::trl"),
+    pytest.mark.filterwarnings("ignore:::transformers"),
+]
 
 WORDS = ["<pad>", "<s>", "</s>", "<unk>", *(f"w{i}" for i in range(TINY["vocab_size"] - 4))]
 LORA = peft.LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj", "down_proj"])
-
-
-@pytest.fixture(autouse=True)
-def _no_interpreter(monkeypatch):
-    """What a trainer does to a model does not depend on the kernels; without a GPU they would only be slow."""
-    monkeypatch.setattr(launch, "enabled", HAS_GPU)
 
 
 @pytest.fixture

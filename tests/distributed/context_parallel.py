@@ -8,15 +8,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from data_parallel import ON, check_step, in_fp64, llama
-from pair import RANK, WORLD, Case
 from torch import Tensor
 
 import liger
+from data_parallel import ON, check_step, in_fp64, llama
 from liger.lazy_logits import LazyLogits
 from liger.ops import launch
 from liger.testing import TINY
 from liger.testing.tiny import batch
+from pair import RANK, WORLD, Case
 
 CASES: dict[str, Case] = {}
 LENGTH = 6  # of a shard

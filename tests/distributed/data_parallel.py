@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 from unittest import SkipTest
 
 import torch
-from pair import DEVICE, RANK, WORLD, Case
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
@@ -25,6 +24,7 @@ from liger.ops import launch
 from liger.testing import TINY
 from liger.testing.parity import MODEL_DEPTH, assert_each_as_exact_as, in_fp64
 from liger.testing.tiny import batch, build
+from pair import DEVICE, RANK, WORLD, Case
 
 CASES: dict[str, Case] = {}
 ON = torch.device(DEVICE)

@@ -6,6 +6,7 @@ from functools import partial
 
 import pytest
 import torch
+
 from data_parallel import STRATEGIES, batches, check_step, in_fp64, on_one_process, wrapped_llama
 from pair import RANK, Case
 

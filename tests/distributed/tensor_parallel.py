@@ -11,21 +11,21 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from data_parallel import ON, check_step, in_fp64, llama
-from pair import DEVICE, WORLD, Case
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from transformers import AutoModelForCausalLM
-from vocab_parallel import whole
 
 import liger
+from data_parallel import ON, check_step, in_fp64, llama
 from liger.lazy_logits import LazyLogits
 from liger.ops import launch
 from liger.sharded_head import is_vocab_parallel
 from liger.testing.tiny import batch
+from pair import DEVICE, WORLD, Case
+from vocab_parallel import whole
 
 CASES: dict[str, Case] = {}
 CLASSES = 101  # in unequal parts

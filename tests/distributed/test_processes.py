@@ -15,7 +15,6 @@ from pathlib import Path
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent))
 from pair import PASSED, SKIPPED, cases, outcomes
 
 NCCL = [

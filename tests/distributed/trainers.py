@@ -12,17 +12,17 @@ from typing import Any
 from unittest import SkipTest
 
 import torch
-from data_parallel import ON, TIED, Wrapped, in_fp64, llama, step
-from pair import DEVICE, WORLD, Case
 from torch import Tensor
 from torch.utils.data import SequentialSampler
 from transformers import Trainer, TrainingArguments
 
 import liger
+from data_parallel import ON, TIED, Wrapped, in_fp64, llama, step
 from liger.ops import launch
 from liger.testing import TINY
 from liger.testing.parity import MODEL_DEPTH, assert_each_as_exact_as
 from liger.testing.tiny import batch
+from pair import DEVICE, WORLD, Case
 
 CASES: dict[str, Case] = {}
 STEPS, RATE = 3, 0.05

@@ -26,6 +26,8 @@ from liger.patch import apply_adapters
 from liger.testing import TINY
 from liger.testing.tiny import batch, build
 
+pytestmark = pytest.mark.usefixtures("no_interpreter")
+
 LLAMA = Adapter(
     modeling="transformers.models.llama.modeling_llama",
     modules={"LlamaRMSNorm": RMSNorm(eps="variance_epsilon"), "LlamaMLP": GatedMLP(act="hidden_act")},
@@ -49,13 +51,6 @@ FAMILIES = {
     "phi3": (PHI3, Phi3ForCausalLM, lambda: Phi3Config(**WITHOUT_HEAD_DIM)),
 }
 TOKENS, H, WIDTH, LAYERS = 18, TINY["hidden_size"], TINY["intermediate_size"], TINY["num_hidden_layers"]
-
-
-@pytest.fixture(autouse=True)
-def references(request, device, monkeypatch):
-    """The interpreter is slow: a test that does not ask for `path` runs the references where there is no GPU."""
-    if device.type == "cpu" and "path" not in request.fixturenames:
-        monkeypatch.setattr(launch, "enabled", False)
 
 
 def mixtral():

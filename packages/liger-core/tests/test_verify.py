@@ -21,11 +21,13 @@ from liger import layers, ops
 from liger.adapter import Adapter
 from liger.causal_lm import CausalLM
 from liger.layers import Experts, GatedMLP, RMSNorm
-from liger.ops import launch, rotary
+from liger.ops import rotary
 from liger.patch import apply_adapters
 from liger.subclass import Swappable
 from liger.testing import TINY
 from liger.testing.tiny import batch, build
+
+pytestmark = pytest.mark.usefixtures("no_interpreter")
 
 LLAMA = Adapter(
     modeling="transformers.models.llama.modeling_llama",
@@ -39,13 +41,6 @@ MIXTRAL = Adapter(
     head=CausalLM("MixtralForCausalLM"),
 )
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-
-
-@pytest.fixture(autouse=True)
-def references(device, monkeypatch):
-    """Where a test does not ask for `path`: interpreted kernels would take minutes."""
-    if device.type == "cpu":
-        monkeypatch.setattr(launch, "enabled", False)
 
 
 def llama(device, dtype=torch.float32, adapter=LLAMA, **options):

@@ -13,13 +13,9 @@ from liger.cli.training_step import FAMILIES, SETTINGS, TINY, Setting, training_
 from liger.ops import launch
 from liger.testing.error_rule import relative_error
 
+pytestmark = pytest.mark.usefixtures("no_interpreter")
+
 each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.op)
-
-
-@pytest.fixture(autouse=True)
-def _references(monkeypatch, device):
-    """Triton's interpreter would be measured else, and takes its time."""
-    monkeypatch.setattr(launch, "enabled", device.type == "cuda")
 
 
 def test_the_document_has_these_keys(llama, document, device):

@@ -3,7 +3,8 @@
 Loaded before any test is collected, because Triton decides at a kernel's definition whether it is interpreted.
 
 Fixtures: `device`, the GPU where there is one; `path`, which runs a test twice, through the kernels and through the
-references; `poisoned_memory`, under which memory that nothing wrote reads as NaN. Every test is seeded.
+references; `no_interpreter`, for what does not depend on the kernels: without a GPU the references run, in a fraction
+of the time; `poisoned_memory`, under which memory that nothing wrote reads as NaN. Every test is seeded.
 Marker: `gpu`, for what only a GPU can show; skipped elsewhere, and counted in the closing lines.
 """
 
@@ -113,6 +114,15 @@ def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
     assert HAS_GPU or launch.INTERPRETED, "liger.ops was imported before this plugin could ask for the interpreter"
     monkeypatch.setattr(launch, "enabled", request.param == "kernel")
     return str(request.param)
+
+
+@pytest.fixture
+def no_interpreter(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run the references where there is no GPU, unless the test asks for `path`."""
+    from liger.ops import launch
+
+    if not HAS_GPU and "path" not in request.fixturenames:
+        monkeypatch.setattr(launch, "enabled", False)
 
 
 @pytest.fixture
