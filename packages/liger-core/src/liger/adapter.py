@@ -119,13 +119,17 @@ class Adapter:
         return module
 
     def layers_of(self, cls: type, parent: type) -> Iterator[tuple[str, type, Layer]]:
-        """Each (name, class, Layer) that is meant by a module of class `cls` whose parent's class is `parent`."""
+        """Each (name, class, Layer) that is meant by a module of class `cls` whose parent's class is `parent`.
+
+        The class is the one that the modeling module defined, or what another library has put in its place there.
+        """
         module, ours = self.module(), any(base.__module__ == self.modeling for base in parent.__mro__)
         for name, layer in self.modules.items():
-            target = _get(module, name)
-            foreign = "." in name
-            if target in cls.__mro__ and (not foreign or (ours and _own_class(cls) is target)):
-                yield name, target, layer
+            target, foreign = _get(module, name), "." in name
+            known = (c for c in cls.__mro__ if c is target or _is_defined_as(c, self.modeling, name))
+            found = next(known, None)
+            if found is not None and (not foreign or (ours and _own_class(cls) is target)):
+                yield name, found, layer
 
 
 def _get(module: ModuleType, dotted: str) -> Any:
@@ -133,6 +137,10 @@ def _get(module: ModuleType, dotted: str) -> Any:
     for name in dotted.split("."):
         value = getattr(value, name, None)
     return value
+
+
+def _is_defined_as(cls: type, modeling: str, name: str) -> bool:
+    return (cls.__module__, cls.__qualname__) == (modeling, name) and not issubclass(cls, Swappable)
 
 
 def _own_class(cls: type) -> type:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from torch import nn
 
 from liger.adapter import Adapter
+from liger.known_code import foreign_class, foreign_forward, foreign_function, foreign_method
 from liger.subclass import (
     FUSED,
     Swappable,
@@ -137,7 +138,8 @@ def _kernels(adapter: Adapter, name: str, module: nn.Module, parent: type, switc
     """What `adapter` says about this one module."""
     for target, cls, layer in adapter.layers_of(type(module), parent):
         if getattr(switches, layer.kind):
-            reason = switches.skipped(name) or _overridden(module, cls, layer.method) or layer.declines(module)
+            reason = switches.skipped(name) or foreign_class(cls, target, adapter.modeling)
+            reason = reason or foreign_method(module, cls, layer.method) or layer.declines(module)
             yield _Proposal(name, module, layer.kind, target, repr(layer), reason, layer_class, layer)
     ours: list[Any] = [c for c in type(module).__mro__ if c.__module__ == adapter.modeling]
     for cls in (c for c in ours if not issubclass(c, Swappable)):
@@ -153,23 +155,24 @@ def _rope(
 ) -> Iterator[_Proposal]:
     named = _names_in(cls)
     used = {function: op for function, op in adapter.functions.items() if function in named}
-    if not used:
+    replaced = foreign_method(module, cls, "forward")
+    if not used and (replaced is None or "Attention" not in cls.__name__):
         return
     ops = tuple((function, op) for function, op in used.items() if not isinstance(op, str))
-    reason = switches.skipped(name) or _overridden(module, cls, "forward") or _wrapped(cls)
+    reason = switches.skipped(name) or replaced or _wrapped(cls)
     for function, op in used.items():
-        reason = reason or _differs(getattr(adapter.module(), function), op, adapter.modeling)
+        reason = reason or foreign_function(getattr(adapter.module(), function), op, adapter.modeling)
     runs = ", ".join(op.__name__ for _, op in ops)
     yield _Proposal(name, module, "rope", cls.__name__, runs, reason, function_class, ops)
 
 
 def _loss(spec: CausalLM, name: str, model: nn.Module, cls: type[nn.Module], switches: Switches) -> Iterator[_Proposal]:
-    declined = switches.skipped(name) or _overridden(model, cls, "forward") or spec.declines(model)
+    declined = switches.skipped(name) or foreign_method(model, cls, "forward") or spec.declines(model)
     runs = "cross_entropy of the logits"
     if switches.loss == "linear" and declined is None:
         for head_name, head in spec.heads(model).items():
             path = f"{name}.{head_name}".lstrip(".")
-            reason = switches.skipped(path) or spec.head_declines(head)
+            reason = switches.skipped(path) or spec.head_declines(head) or foreign_forward(nn.Linear)
             if reason is None:
                 runs = "the loss of its head"
             subclass = parallel_head_class if reason is None and "forward" in vars(head) else head_class
@@ -190,21 +193,11 @@ def _recompute(model: nn.Module, switches: Switches, planned: dict[nn.Module, ty
             if owners:
                 backbones[owners[-1]] = model.get_submodule(owners[-1])
     for name, backbone in backbones.items():
-        reason = switches.skipped(name) or _overridden(backbone, type(backbone), "forward")
+        reason = switches.skipped(name) or foreign_method(backbone, type(backbone), "forward")
         if backbone in planned:
             reason = "its class is swapped for another part already"
         cls_name = type(backbone).__name__
         yield _Proposal(name, backbone, "recompute", cls_name, _RECOMPUTES, reason, recompute_class, None)
-
-
-def _overridden(module: nn.Module, cls: type[nn.Module], method: str) -> str | None:
-    """Why the `method` that `module` runs is not the one that `cls` was known by."""
-    if method in vars(module):
-        return f"its {method} was replaced on the instance"
-    definer = next((c for c in type(module).__mro__ if method in vars(c)), cls)
-    if definer is not cls and issubclass(definer, cls) and not issubclass(definer, Swappable):
-        return f"{definer.__module__}.{definer.__qualname__} overrides its {method}"
-    return None
 
 
 def _names_in(cls: type[nn.Module]) -> tuple[str, ...]:
@@ -217,13 +210,3 @@ def _wrapped(cls: type[nn.Module]) -> str | None:
     """Why the globals of the class's forward cannot be replaced: a decorator holds the function that uses them."""
     forward = vars(cls)["forward"]
     return None if inspect.unwrap(forward) is forward else f"{cls.__name__}.forward is wrapped by a decorator"
-
-
-def _differs(function: Any, op: Callable[..., Any] | str, modeling: str) -> str | None:
-    """Why `op` may not stand for `function`, or None."""
-    if isinstance(op, str):
-        return f"{function.__name__} {op}"
-    if not isinstance(function, FunctionType) or function.__module__ != modeling:
-        return f"{modeling} holds {function!r} in its own function's place"
-    theirs, ours = ([(p.name, p.default) for p in inspect.signature(f).parameters.values()] for f in (function, op))
-    return None if theirs == ours else f"{function.__name__} takes {theirs}, {op.__name__} takes {ours}"

@@ -1,0 +1,63 @@
+"""Whether a module runs the code that its adapter was written for, and if not, who has put what in its place.
+
+An instance may have a method of its own, a subclass may override one, and another library may have replaced a method, a
+function or a whole class of transformers for every model of the process.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from types import FunctionType
+from typing import Any
+
+from torch import nn
+
+from liger.subclass import Swappable
+
+
+def foreign_method(module: nn.Module, cls: type[nn.Module], method: str) -> str | None:
+    """Why the `method` that `module` runs is not the one that `cls` was known by, or None."""
+    if method in vars(module):
+        return f"its {method} was replaced on the instance"
+    definer = next((c for c in type(module).__mro__ if method in vars(c)), None)
+    if definer is None or issubclass(definer, Swappable):
+        return None
+    if definer is not cls and issubclass(definer, cls):
+        return f"{definer.__module__}.{definer.__qualname__} overrides its {method}"
+    return foreign_forward(definer, method)
+
+
+def foreign_forward(cls: type, method: str = "forward") -> str | None:
+    """Why the `method` that `cls` itself has is not the one that it was written with, or None."""
+    function: Any = vars(cls)[method]
+    # Where it was defined, whatever functools.wraps has made it say: a wrapper is code that a kernel would leave out.
+    defined_in = getattr(function, "__globals__", {}).get("__name__") or type(function).__module__
+    if _package(defined_in) in (_package(cls.__module__), "torch"):
+        return None
+    return f"{cls.__qualname__}.{method} was replaced by {_described(function, defined_in)}"
+
+
+def foreign_class(cls: type, name: str, modeling: str) -> str | None:
+    """Why `cls`, which `modeling` has under that name, is not the class that it had there, or None."""
+    if "." in name or _package(cls.__module__) == _package(modeling):
+        return None
+    return f"{modeling} holds {cls.__module__}.{cls.__qualname__} in its own class's place"
+
+
+def foreign_function(function: Any, op: Callable[..., Any] | str, modeling: str) -> str | None:
+    """Why `op` may not stand for `function`, or None."""
+    if isinstance(op, str):
+        return f"{function.__name__} {op}"
+    if not isinstance(function, FunctionType) or function.__module__ != modeling:
+        return f"{modeling} holds {function!r} in its own function's place"
+    theirs, ours = ([(p.name, p.default) for p in inspect.signature(f).parameters.values()] for f in (function, op))
+    return None if theirs == ours else f"{function.__name__} takes {theirs}, {op.__name__} takes {ours}"
+
+
+def _package(module: str) -> str:
+    return module.partition(".")[0]
+
+
+def _described(function: Any, defined_in: str) -> str:
+    return f"{defined_in}.{getattr(function, '__qualname__', type(function).__qualname__)}"

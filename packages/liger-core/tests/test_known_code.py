@@ -1,0 +1,121 @@
+"""What another library has replaced in transformers for the whole process: it runs, and the report says so."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+from torch import nn
+from transformers import LlamaConfig
+from transformers.models.llama import modeling_llama
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaForCausalLM, LlamaMLP, LlamaRMSNorm
+
+from liger.adapter import Adapter
+from liger.causal_lm import CausalLM
+from liger.layers import GatedMLP, RMSNorm
+from liger.ops import rotary
+from liger.patch import apply_adapters
+from liger.testing import TINY
+from liger.testing.tiny import batch, build
+
+pytestmark = pytest.mark.usefixtures("no_interpreter")
+
+ADAPTER = Adapter(
+    modeling="transformers.models.llama.modeling_llama",
+    modules={"LlamaRMSNorm": RMSNorm(eps="variance_epsilon"), "LlamaMLP": GatedMLP(act="hidden_act")},
+    functions={"apply_rotary_pos_emb": rotary},
+    head=CausalLM("LlamaForCausalLM"),
+)
+
+
+def made(device):
+    return build(LlamaForCausalLM, LlamaConfig(**TINY), device)
+
+
+def apply(model):
+    return apply_adapters(model, [ADAPTER])
+
+
+def declined(patch):
+    return {(d.kind, d.cls, d.reason) for d in patch.declined}
+
+
+class OthersRMSNorm(nn.Module):
+    def __init__(self, hidden_size, eps=1e-6):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(hidden_size))
+        self.variance_epsilon = eps
+
+    def forward(self, hidden_states):
+        return hidden_states * 0 + self.weight
+
+
+class OthersMLP(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+
+    def forward(self, x):
+        return x * 0
+
+
+@pytest.fixture
+def replaced_classes(monkeypatch):
+    monkeypatch.setattr(modeling_llama, "LlamaRMSNorm", OthersRMSNorm)
+    monkeypatch.setattr(modeling_llama, "LlamaMLP", OthersMLP)
+
+
+def test_a_model_of_classes_that_took_the_places_of_transformers_keeps_them_and_says_so(device, replaced_classes):
+    model = made(device)
+    patch = apply(model)
+    held = "transformers.models.llama.modeling_llama holds {}.{} in its own class's place"
+    assert declined(patch) == {
+        ("norm", "LlamaRMSNorm", held.format(__name__, "OthersRMSNorm")),
+        ("mlp", "LlamaMLP", held.format(__name__, "OthersMLP")),
+    }
+    assert type(model.model.norm) is OthersRMSNorm
+
+
+def test_a_model_built_before_its_classes_were_replaced_is_swapped(device, request):
+    model = made(device)
+    request.getfixturevalue("replaced_classes")
+    patch = apply(model)
+    assert not patch.declined
+    assert {s.kind for s in patch.swapped} == {"norm", "mlp", "rope", "loss"}
+    patch.undo()
+    assert type(model.model.norm) is LlamaRMSNorm
+
+
+def zero(self, hidden_states):
+    return hidden_states * 0
+
+
+def wrapping(stock):
+    @functools.wraps(stock)
+    def forward(self, *args, **kwargs):
+        return stock(self, *args, **kwargs)
+
+    return forward
+
+
+@pytest.mark.parametrize("wrap", [False, True], ids=["another", "wrapped"])
+@pytest.mark.parametrize(
+    ("cls", "kind"),
+    [(LlamaRMSNorm, "norm"), (LlamaMLP, "mlp"), (LlamaAttention, "rope"), (LlamaForCausalLM, "loss")],
+)
+def test_a_forward_that_somebody_put_into_the_class_is_kept(device, monkeypatch, cls, kind, wrap):
+    model = made(device)
+    monkeypatch.setattr(cls, "forward", wrapping(cls.forward) if wrap else zero)
+    patch = apply(model)
+    assert {s.kind for s in patch.swapped} == {"norm", "mlp", "rope", "loss"} - {kind}
+    replaced = f"{cls.__name__}.forward was replaced by {__name__}."
+    assert [reason for _, _, reason in declined(patch) if reason.startswith(replaced)]
+
+
+def test_a_replaced_forward_of_every_linear_is_not_passed_over_by_the_head(device, monkeypatch):
+    model, inputs = made(device), batch(99, device)
+    monkeypatch.setattr(nn.Linear, "forward", lambda self, input: torch.nn.functional.linear(input, self.weight) * 0.5)
+    stock = model(**inputs).loss
+    patch = apply(model)
+    assert any("Linear.forward was replaced" in d.reason for d in patch.declined)
+    torch.testing.assert_close(model(**inputs).loss, stock)
