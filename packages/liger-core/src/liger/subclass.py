@@ -67,10 +67,14 @@ def layer_class(base: Any, layer: Layer) -> type[nn.Module]:
     return _subclass(base, {layer.method: method}, (layer_class, base, layer), layer.kernel)
 
 
-@functools.cache
 def function_class(base: Any, ops: tuple[tuple[str, Callable[..., Any]], ...]) -> type[nn.Module]:
-    """`base`, whose forward is the same code over a copy of its module's globals in which only `ops` differ."""
-    stock: Any = base.forward
+    """`base`, whose forward is the same code over a copy of its module's present globals in which only `ops` differ."""
+    stock = base.forward
+    return _function_class(base, ops, stock, tuple(map(id, stock.__globals__.values())))
+
+
+@functools.cache  # the class keeps all that its ids are of
+def _function_class(base: Any, ops: tuple[tuple[str, Callable[..., Any]], ...], stock: Any, _: Any) -> type[nn.Module]:
     forward = FunctionType(
         stock.__code__, {**stock.__globals__, **dict(ops)}, stock.__name__, stock.__defaults__, stock.__closure__
     )
