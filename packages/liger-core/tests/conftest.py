@@ -9,15 +9,12 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import LlamaConfig
-from transformers.models.llama.modeling_llama import LlamaForCausalLM
 
-from liger.adapter import Adapter
-from liger.causal_lm import CausalLM
+from adapted_models import LLAMA_HEAD, llama
 from liger.ops import linear_chunks, linear_slices
 from liger.patch import apply_adapters
 from liger.testing import TINY
-from liger.testing.tiny import batch, build
+from liger.testing.tiny import batch
 
 
 @pytest.fixture
@@ -80,10 +77,9 @@ def allocations():
 @pytest.fixture
 def pair(device):
     """(stock, patched) of the same weights; only the loss is patched."""
-    stock = build(LlamaForCausalLM, LlamaConfig(**TINY), device)
+    stock = llama(device)
     patched = copy.deepcopy(stock)
-    adapter = Adapter(modeling="transformers.models.llama.modeling_llama", head=CausalLM("LlamaForCausalLM"))
-    apply_adapters(patched, [adapter], loss="linear")
+    apply_adapters(patched, [LLAMA_HEAD], loss="linear")
     return stock, patched
 
 

@@ -12,15 +12,13 @@ from transformers import LlamaConfig, modeling_utils
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.llama.modeling_llama import LlamaForCausalLM
 
-from liger.adapter import Adapter
+from adapted_models import LLAMA_HEAD, llama
 from liger.causal_lm import CausalLM
 from liger.lazy_logits import LazyLogits
 from liger.patch import apply_adapters
 from liger.subclass import head_class, model_class
 from liger.testing import TINY
 from liger.testing.tiny import build
-
-ADAPTER = Adapter(modeling="transformers.models.llama.modeling_llama", head=CausalLM("LlamaForCausalLM"))
 
 
 def assert_same_loss_and_gradients(pair, **inputs):
@@ -53,9 +51,9 @@ def assert_same_loss_and_gradients(pair, **inputs):
     ids=str,
 )
 def test_options_of_the_loss(device, inputs, loss, extra):
-    stock = build(LlamaForCausalLM, LlamaConfig(**TINY), device)
+    stock = llama(device)
     patched = copy.deepcopy(stock)
-    apply_adapters(patched, [ADAPTER], loss=loss)
+    apply_adapters(patched, [LLAMA_HEAD], loss=loss)
     if "ignore_index" in extra:
         inputs["labels"] = inputs["labels"].masked_fill(inputs["labels"] == -100, extra["ignore_index"])
     assert_same_loss_and_gradients((stock, patched), **inputs, **extra)

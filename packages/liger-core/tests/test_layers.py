@@ -9,27 +9,21 @@ from typing import ClassVar
 import pytest
 import torch
 from torch import nn
-from transformers import MixtralConfig, Phi3Config, PhiConfig, T5GemmaConfig, T5GemmaModuleConfig
+from transformers import Phi3Config, PhiConfig, T5GemmaConfig, T5GemmaModuleConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralForCausalLM
 from transformers.models.phi.modeling_phi import PhiForCausalLM
 from transformers.models.phi3.modeling_phi3 import Phi3ForCausalLM
 from transformers.models.t5gemma.modeling_t5gemma import T5GemmaForConditionalGeneration
 
+from adapted_models import MIXTRAL, mixtral, mixtral_config
 from liger.adapter import Adapter
 from liger.causal_lm import CausalLM
-from liger.layers import Experts, FusedGatedMLP, GatedMLP, LayerNorm, RMSNorm, Stock
-from liger.ops import rotary
+from liger.layers import Experts, FusedGatedMLP, GatedMLP, LayerNorm, Stock
 from liger.patch import apply_adapters
 from liger.testing import TINY, AdapterContract
 from liger.testing.parity import assert_same_step, in_fp64
 from liger.testing.tiny import batch, build
 
-MIXTRAL = Adapter(
-    modeling="transformers.models.mixtral.modeling_mixtral",
-    modules={"MixtralRMSNorm": RMSNorm(eps="variance_epsilon"), "MixtralExperts": Experts(act="hidden_act")},
-    functions={"apply_rotary_pos_emb": rotary},
-    head=CausalLM("MixtralForCausalLM"),
-)
 PHI = Adapter(
     modeling="transformers.models.phi.modeling_phi",
     modules={"nn.LayerNorm": LayerNorm(), "PhiMLP": Stock("mlp", "has no gate")},
@@ -47,10 +41,6 @@ T5GEMMA = Adapter(
         loss="ForMaskedLMLoss",
     ),
 )
-
-
-def mixtral(**options):
-    return MixtralConfig(**TINY, num_local_experts=4, num_experts_per_tok=2, **options)
 
 
 def t5gemma(**options):
@@ -73,7 +63,7 @@ class TestExperts(AdapterContract):
     adapter = MIXTRAL
 
     def config(self):
-        return mixtral(output_router_logits=True, router_aux_loss_coef=0.5)
+        return mixtral_config(output_router_logits=True, router_aux_loss_coef=0.5)
 
 
 class TestDeclared(AdapterContract):
@@ -85,7 +75,7 @@ class TestDeclared(AdapterContract):
 
 
 def test_the_auxiliary_loss_is_added_to_ours(device, path):
-    stock, patched, _ = pair(MIXTRAL, MixtralForCausalLM, mixtral(), device)
+    stock, patched, _ = pair(MIXTRAL, MixtralForCausalLM, mixtral_config(), device)
     inputs = batch(TINY["vocab_size"], device)
     with_router, without = (patched(**inputs, output_router_logits=on) for on in (True, False))
     assert with_router.aux_loss > 0
@@ -95,13 +85,13 @@ def test_the_auxiliary_loss_is_added_to_ours(device, path):
 
 @pytest.mark.parametrize("dispatch", ["grouped_mm", "batched_mm"])
 def test_each_dispatch_calls_the_gate(device, path, dispatch):
-    stock, patched, patch = pair(MIXTRAL, MixtralForCausalLM, mixtral(experts_implementation=dispatch), device)
+    stock, patched, patch = pair(MIXTRAL, MixtralForCausalLM, mixtral_config(experts_implementation=dispatch), device)
     assert not patch.declined
     assert_same_step(patched, stock, in_fp64(stock), batch(TINY["vocab_size"], device))
 
 
 def test_experts_that_never_call_the_gate_are_declined(device):
-    _, _, patch = pair(MIXTRAL, MixtralForCausalLM, mixtral(experts_implementation="eager"), device)
+    _, _, patch = pair(MIXTRAL, MixtralForCausalLM, mixtral_config(experts_implementation="eager"), device)
     assert {(d.kind, d.reason.partition(" (")[0]) for d in patch.declined} == {
         ("experts", "experts_implementation='eager' does not call _apply_gate")
     }
@@ -117,14 +107,14 @@ def test_experts_that_never_call_the_gate_are_declined(device):
     ],
 )
 def test_experts_of_another_make_are_declined(device, attribute, value, reason):
-    model = build(MixtralForCausalLM, mixtral(), device)
+    model = mixtral(device)
     setattr(model.model.layers[0].mlp.experts, attribute, value)
     patch = apply_adapters(model, [MIXTRAL])
     assert [(d.name, d.reason) for d in patch.declined] == [("model.layers.0.mlp.experts", reason)]
 
 
 def test_experts_have_a_switch(device):
-    model = build(MixtralForCausalLM, mixtral(), device)
+    model = mixtral(device)
     assert {s.kind for s in apply_adapters(model, [MIXTRAL], experts=False).swapped} == {"norm", "rope", "loss"}
 
 

@@ -8,34 +8,24 @@ import logging
 import pytest
 import torch
 from torch import nn
-from transformers import LlamaConfig
 from transformers.models.llama import modeling_llama
-from transformers.models.llama.modeling_llama import LlamaForCausalLM, LlamaMLP, LlamaRMSNorm
+from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
-from liger.adapter import Adapter, Layer
-from liger.causal_lm import CausalLM
-from liger.layers import GatedMLP, LayerNorm, RMSNorm
-from liger.ops import rotary
+from adapted_models import LLAMA, llama
+from liger.adapter import Layer
+from liger.layers import LayerNorm, RMSNorm
 from liger.patch import apply_adapters
 from liger.subclass import layer_class
-from liger.testing import TINY
-from liger.testing.tiny import batch, build
-
-ADAPTER = Adapter(
-    modeling="transformers.models.llama.modeling_llama",
-    modules={"LlamaRMSNorm": RMSNorm(eps="variance_epsilon"), "LlamaMLP": GatedMLP(act="hidden_act")},
-    functions={"apply_rotary_pos_emb": rotary},
-    head=CausalLM("LlamaForCausalLM"),
-)
+from liger.testing.tiny import batch
 
 
 @pytest.fixture
 def model(device):
-    return build(LlamaForCausalLM, LlamaConfig(**TINY), device)
+    return llama(device)
 
 
 def apply(model, **switches):
-    return apply_adapters(model, [ADAPTER], **switches)
+    return apply_adapters(model, [LLAMA], **switches)
 
 
 def reasons(patch):
@@ -71,7 +61,7 @@ def test_unknown_loss_is_named(model):
 
 
 def test_what_is_asked_for_by_name_and_cannot_be_had_raises_and_changes_nothing(device):
-    model = build(LlamaForCausalLM, LlamaConfig(**TINY, hidden_act="relu"), device)
+    model = llama(device, hidden_act="relu")
     before = [type(m) for m in model.modules()]
     with pytest.raises(ValueError, match="mlp=True was asked for .* hidden_act='relu' has no kernel"):
         apply(model, mlp=True)
@@ -255,7 +245,7 @@ def test_repr_shows_the_kernels_until_undo(model):
 
 
 def test_repr_names_the_op_that_runs(device):
-    model = build(LlamaForCausalLM, LlamaConfig(**TINY, hidden_act="gelu"), device)
+    model = llama(device, hidden_act="gelu")
     apply(model)
     assert "liger=geglu" in repr(model)
     assert repr(layer_class(nn.LayerNorm, LayerNorm())(8)).endswith(", liger=layer_norm)")

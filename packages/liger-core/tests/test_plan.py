@@ -8,35 +8,24 @@ import re
 import pytest
 import torch
 from torch import nn
-from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaForCausalLM
 
-from liger.adapter import Adapter
-from liger.causal_lm import CausalLM
-from liger.layers import GatedMLP, RMSNorm
-from liger.ops import rotary
+from adapted_models import LLAMA, llama
 from liger.patch import apply_adapters
 from liger.plan import plan
 from liger.switches import Switches
 from liger.testing import TINY
 from liger.testing.parity import assert_same_step, in_fp64
-from liger.testing.tiny import batch, build
-
-ADAPTER = Adapter(
-    modeling="transformers.models.llama.modeling_llama",
-    modules={"LlamaRMSNorm": RMSNorm(eps="variance_epsilon"), "LlamaMLP": GatedMLP(act="hidden_act")},
-    functions={"apply_rotary_pos_emb": rotary},
-    head=CausalLM("LlamaForCausalLM"),
-)
+from liger.testing.tiny import batch
 
 
 @pytest.fixture
 def model(device):
-    return build(LlamaForCausalLM, LlamaConfig(**TINY), device)
+    return llama(device)
 
 
 def apply(model, **switches):
-    return apply_adapters(model, [ADAPTER], **switches)
+    return apply_adapters(model, [LLAMA], **switches)
 
 
 def classes(model):
@@ -53,7 +42,7 @@ def skipped(patch):
 def test_a_model_without_weights_has_the_plan_of_the_same_model_with_them(model, switches):
     with torch.device("meta"):
         empty = LlamaForCausalLM(model.config)
-    without, having = (plan(m, [ADAPTER], Switches(**switches)) for m in (empty, model))
+    without, having = (plan(m, [LLAMA], Switches(**switches)) for m in (empty, model))
     assert without.swapped
     assert (without.swapped, without.declined) == (having.swapped, having.declined)
     assert str(without).startswith("liger.Plan\n")
@@ -61,19 +50,19 @@ def test_a_model_without_weights_has_the_plan_of_the_same_model_with_them(model,
 
 def test_planning_changes_nothing_and_applying_does_what_was_planned(model):
     before = [(type(m), sorted(vars(m))) for m in model.modules()]
-    planned = plan(model, [ADAPTER])
+    planned = plan(model, [LLAMA])
     assert [(type(m), sorted(vars(m))) for m in model.modules()] == before
     patch = apply(model)
     assert (patch.swapped, patch.declined) == (planned.swapped, planned.declined)
 
 
 def test_what_is_asked_for_and_cannot_be_had_is_declined_in_a_plan(device):
-    model = build(LlamaForCausalLM, LlamaConfig(**TINY, hidden_act="relu"), device)
-    assert {d.kind for d in plan(model, [ADAPTER], Switches(mlp=True)).declined} == {"mlp"}
+    model = llama(device, hidden_act="relu")
+    assert {d.kind for d in plan(model, [LLAMA], Switches(mlp=True)).declined} == {"mlp"}
 
 
 def test_skipped_modules_keep_their_class_and_are_reported(model):
-    everything, before = {s.name for s in plan(model, [ADAPTER]).swapped}, classes(model)
+    everything, before = {s.name for s in plan(model, [LLAMA]).swapped}, classes(model)
     patch = apply(model, skip=["model.layers.0.*", "norm"])
     left = {name for name in everything if name.startswith("model.layers.0.")} | {"model.norm"}
     assert len(left) == 5

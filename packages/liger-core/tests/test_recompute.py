@@ -11,33 +11,23 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
-from transformers import LlamaConfig, MixtralConfig, Phi3Config, PhiConfig
+from transformers import LlamaConfig, Phi3Config, PhiConfig
 from transformers.models.llama.modeling_llama import LlamaForCausalLM, LlamaModel
 from transformers.models.mixtral.modeling_mixtral import MixtralForCausalLM
 from transformers.models.phi.modeling_phi import PhiForCausalLM
 from transformers.models.phi3.modeling_phi3 import Phi3ForCausalLM
 
+from adapted_models import LLAMA, MIXTRAL, llama, mixtral_config
 from liger import recompute
 from liger.adapter import Adapter
-from liger.causal_lm import CausalLM
-from liger.layers import Experts, FusedGatedMLP, GatedMLP, LayerNorm, RMSNorm
-from liger.ops import launch, rms_norm, rotary
+from liger.layers import FusedGatedMLP, LayerNorm, RMSNorm
+from liger.ops import launch, rms_norm
 from liger.patch import apply_adapters
 from liger.testing import TINY
 from liger.testing.tiny import batch, build
 
 pytestmark = pytest.mark.usefixtures("no_interpreter")
 
-LLAMA = Adapter(
-    modeling="transformers.models.llama.modeling_llama",
-    modules={"LlamaRMSNorm": RMSNorm(eps="variance_epsilon"), "LlamaMLP": GatedMLP(act="hidden_act")},
-    functions={"apply_rotary_pos_emb": rotary},
-    head=CausalLM("LlamaForCausalLM"),
-)
-MIXTRAL = Adapter(
-    modeling="transformers.models.mixtral.modeling_mixtral",
-    modules={"MixtralRMSNorm": RMSNorm(eps="variance_epsilon"), "MixtralExperts": Experts(act="hidden_act")},
-)
 PHI = Adapter(modeling="transformers.models.phi.modeling_phi", modules={"nn.LayerNorm": LayerNorm()})
 PHI3 = Adapter(
     modeling="transformers.models.phi3.modeling_phi3",
@@ -46,21 +36,11 @@ PHI3 = Adapter(
 WITHOUT_HEAD_DIM = {name: value for name, value in TINY.items() if name != "head_dim"}
 FAMILIES = {
     "llama": (LLAMA, LlamaForCausalLM, lambda: LlamaConfig(**TINY)),
-    "mixtral": (MIXTRAL, MixtralForCausalLM, lambda: mixtral()),
+    "mixtral": (MIXTRAL, MixtralForCausalLM, lambda: mixtral_config(experts_implementation="grouped_mm")),
     "phi": (PHI, PhiForCausalLM, lambda: PhiConfig(**WITHOUT_HEAD_DIM)),
     "phi3": (PHI3, Phi3ForCausalLM, lambda: Phi3Config(**WITHOUT_HEAD_DIM)),
 }
 TOKENS, H, WIDTH, LAYERS = 18, TINY["hidden_size"], TINY["intermediate_size"], TINY["num_hidden_layers"]
-
-
-def mixtral():
-    config = MixtralConfig(**TINY, num_local_experts=4, num_experts_per_tok=2)
-    config._experts_implementation = "grouped_mm"
-    return config
-
-
-def llama(device, dtype=torch.float32):
-    return build(LlamaForCausalLM, LlamaConfig(**TINY), device, dtype)
 
 
 def apply(model, adapter=LLAMA, **switches):

@@ -12,15 +12,15 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import fully_shard
-from transformers import LlamaConfig, MixtralConfig
+from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaForCausalLM, LlamaRMSNorm
-from transformers.models.mixtral.modeling_mixtral import MixtralForCausalLM
 
+import adapted_models
 import liger
+from adapted_models import LLAMA, MIXTRAL
 from liger import layers, ops
-from liger.adapter import Adapter
 from liger.causal_lm import CausalLM
-from liger.layers import Experts, GatedMLP, RMSNorm
+from liger.layers import RMSNorm
 from liger.ops import rotary
 from liger.patch import apply_adapters
 from liger.subclass import Swappable
@@ -29,29 +29,18 @@ from liger.testing.tiny import batch, build
 
 pytestmark = pytest.mark.usefixtures("no_interpreter")
 
-LLAMA = Adapter(
-    modeling="transformers.models.llama.modeling_llama",
-    modules={"LlamaRMSNorm": RMSNorm(eps="variance_epsilon"), "LlamaMLP": GatedMLP(act="hidden_act")},
-    functions={"apply_rotary_pos_emb": rotary},
-    head=CausalLM("LlamaForCausalLM"),
-)
-MIXTRAL = Adapter(
-    modeling="transformers.models.mixtral.modeling_mixtral",
-    modules={"MixtralRMSNorm": RMSNorm(eps="variance_epsilon"), "MixtralExperts": Experts(act="hidden_act")},
-    head=CausalLM("MixtralForCausalLM"),
-)
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 
 
 def llama(device, dtype=torch.float32, adapter=LLAMA, **options):
-    model = build(LlamaForCausalLM, LlamaConfig(**TINY, **options), device, dtype)
+    model = adapted_models.llama(device, dtype, **options)
     if adapter is not None:
         apply_adapters(model, [adapter])
     return model
 
 
 def mixtral(device, dtype=torch.float32):
-    model = build(MixtralForCausalLM, MixtralConfig(**TINY, num_local_experts=4, num_experts_per_tok=2), device, dtype)
+    model = adapted_models.mixtral(device, dtype)
     apply_adapters(model, [MIXTRAL])
     return model
 
@@ -270,7 +259,7 @@ def test_checkpointed_layers(device, reentrant, monkeypatch):
 
 
 def test_recompute(device):
-    model = build(LlamaForCausalLM, LlamaConfig(**TINY), device)
+    model = adapted_models.llama(device)
     apply_adapters(model, [LLAMA], recompute=True)
     assert liger.verify(model).ok
 

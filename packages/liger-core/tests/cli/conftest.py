@@ -8,19 +8,9 @@ from types import SimpleNamespace
 
 import pytest
 
+from adapted_models import LLAMA
 from liger import discover
 from liger.__main__ import main
-from liger.adapter import Adapter
-from liger.causal_lm import CausalLM
-from liger.layers import GatedMLP, RMSNorm
-from liger.ops import rotary
-
-_LLAMA = Adapter(
-    modeling="transformers.models.llama.modeling_llama",
-    modules={"LlamaRMSNorm": RMSNorm(eps="variance_epsilon"), "LlamaMLP": GatedMLP(act="hidden_act")},
-    functions={"apply_rotary_pos_emb": rotary},
-    head=CausalLM("LlamaForCausalLM"),
-)
 
 
 class Entry(SimpleNamespace):
@@ -59,8 +49,8 @@ def install(monkeypatch):
 @pytest.fixture
 def llama(install):
     """The adapter of LLaMA, installed alone."""
-    install(("llama", "liger-llama", _LLAMA, "liger-core>=0.1,<1", 'pytest; extra == "testing"'))
-    return _LLAMA
+    install(("llama", "liger-llama", LLAMA, "liger-core>=0.1,<1", 'pytest; extra == "testing"'))
+    return LLAMA
 
 
 @pytest.fixture
