@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import logging
-import re
+import weakref
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from types import TracebackType
@@ -17,19 +17,18 @@ from torch import nn
 from liger.adapter import Adapter
 from liger.disabled import DISABLED
 from liger.discover import adapters_for
-from liger.plan import Plan, Swap, plan
-from liger.subclass import FUSED
+from liger.plan import Plan, plan
+from liger.subclass import FUSED, Swappable, swapped_class
 from liger.switches import LINEAR, TRUE, Loss, Switches
 
 _log = logging.getLogger(__name__)
 
-_MODULES_TO_SAVE = re.compile(r"\.(original_module|modules_to_save\.[^.]+)(?=\.|$)")
-"""What PEFT puts between the name of a module that it saves and those of the module and of its copies."""
+_held: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+"""The modules whose class `apply` has swapped, and no undo given back. A copy of one is not among them."""
 
 
-def _place(name: str) -> str:
-    """Where a module stands, whether it is itself there or a copy that PEFT trains in its stead."""
-    return _MODULES_TO_SAVE.sub("", name)
+_Swapped = tuple[nn.Module, type[nn.Module], type[nn.Module]]
+"""A module, its own class, and the subclass of it that runs the kernel."""
 
 
 class Patch(Plan):
@@ -39,36 +38,41 @@ class Patch(Plan):
         return "liger.Patch\n  nothing is swapped: LIGER_DISABLE is set" if DISABLED else super().__str__()
 
     def undo(self) -> None:
-        """Give every module its class back, and every copy that PEFT's modules_to_save has made of one since.
+        """Give every module its class back, and every copy of one that has come into the model since, as by PEFT.
 
-        Undoing twice is harmless. A deepcopy of the whole model is another model, and stays patched.
+        Of a model that is itself a copy of a patched one, or was unpickled, the first Patch undoes all. Undoing twice
+        is harmless. The Patch does not keep the model alive: what is gone needs no undoing.
 
         Raises:
             RuntimeError: a module's class was changed by something else since; nothing is undone then.
         """
-        swapped = [(swap.module, swap) for swap in self._swaps] + self._copies()
-        for module, swap in swapped:
-            if type(module) is not swap.after:
+        swapped = self._alive() + self._copies()
+        for module, before, after in swapped:
+            if type(module) is not after:
                 raise RuntimeError(
-                    f"cannot undo: a {swap.before.__name__} was swapped by liger.apply and has become "
+                    f"cannot undo: a {before.__name__} was swapped by liger.apply and has become "
                     f"{type(module).__module__}.{type(module).__qualname__} since"
                 )
-        for module, swap in swapped:
-            module.__class__ = swap.before
+        for module, before, _ in swapped:
+            module.__class__ = before
+            _held.discard(module)
         self._swaps.clear()
+        self._model = None
 
-    def _copies(self) -> list[tuple[nn.Module, Swap]]:
-        """What is no module that was swapped, but stands in the place of one and has its class: a copy of it."""
-        if self._model is None or not self._swaps:
+    def _alive(self) -> list[_Swapped]:
+        found = ((swap.module(), swap) for swap in self._swaps)
+        return [(module, swap.before, swap.after) for module, swap in found if module is not None]
+
+    def _copies(self) -> list[_Swapped]:
+        """The patched modules of the model that are nobody's: copies. With another Patch's beside them, only ours."""
+        model = None if self._model is None else self._model()
+        if model is None:
             return []
-        places = {_place(name): swap for (name, *_), swap in zip(self.swapped, self._swaps, strict=True)}
-        originals = {swap.module for swap in self._swaps}
-        found = [(module, places.get(_place(name))) for name, module in self._model.named_modules()]
-        return [
-            (module, swap)
-            for module, swap in found
-            if swap is not None and module not in originals and isinstance(module, swap.after)
-        ]
+        patched = [module for module in model.modules() if isinstance(module, Swappable)]
+        own, after = {module for module, *_ in self._alive()}, {swap.after for swap in self._swaps}
+        shared = any(module in _held and module not in own for module in patched)
+        copies = ((module, swapped_class(type(module))) for module in patched if module not in _held)
+        return [(module, cls._recipe[1], cls) for module, cls in copies if not shared or cls in after]
 
     def __enter__(self) -> Patch:
         return self
@@ -146,8 +150,9 @@ def apply_adapters(
         return turned_off()
     patch = Patch(**vars(plan(model, adapters, switches)))
     _require(patch, switches)
-    for swap in patch._swaps:
-        swap.module.__class__ = swap.after
+    for module, _, after in patch._alive():
+        module.__class__ = after
+        _held.add(module)
     _log_patch(patch, type(model).__name__, switches)
     return patch
 
@@ -180,13 +185,11 @@ def _log_patch(patch: Patch, model: str, switches: Switches) -> None:
 
 def _require(planned: Plan, switches: Switches) -> None:
     """Raise for a kernel that was asked for by name and can be applied nowhere."""
-    if planned.already:
-        return
     for kind, switch in switches.asked_by_name().items():
         done = [s for s in planned.swapped if s.kind == kind]
         if switch == "linear":
             done = [s for s in done if s.runs == FUSED]
-        if not done:
+        if not done and kind not in planned._already:
             reasons = sorted({f"{d.cls}: {d.reason}" for d in planned.declined if d.kind == kind})
             raise ValueError(
                 f"liger.apply: {kind}={switch!r} was asked for and can be applied nowhere: "

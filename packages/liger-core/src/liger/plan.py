@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -51,9 +52,9 @@ class Declined(NamedTuple):
 
 
 class Swap(NamedTuple):
-    """A module, its class, and the subclass of it that runs the kernel."""
+    """A module, its class, and the subclass of it that runs the kernel. It does not keep the module alive."""
 
-    module: nn.Module
+    module: weakref.ref[nn.Module]
     before: type[nn.Module]
     after: type[nn.Module]
 
@@ -68,8 +69,9 @@ class Plan:
     """Those that a kernel is meant for, and that keep their own forward."""
     already: list[str] = field(default_factory=list)
     """Names of modules that an earlier `apply` has swapped; they are left alone."""
+    _already: set[Part] = field(default_factory=set, repr=False)
     _swaps: list[Swap] = field(default_factory=list, repr=False)
-    _model: nn.Module | None = field(default=None, repr=False)
+    _model: weakref.ref[nn.Module] | None = field(default=None, repr=False)
 
     def __str__(self) -> str:
         lines = []
@@ -109,13 +111,14 @@ def plan(model: nn.Module, adapters: Iterable[Adapter], switches: Switches = DEF
     Raises:
         ValueError: a pattern of `skip` matches nothing that would be swapped or declined.
     """
-    found = Plan(_model=model)
+    found = Plan(_model=weakref.ref(model))
+    planned: dict[nn.Module, type[nn.Module]] = {}
     for adapter in adapters:
         for name, module in model.named_modules():
             parent = model.get_submodule(name.rpartition(".")[0])
-            _add(found, _kernels(adapter, name, module, type(parent), switches))
+            _add(found, planned, _kernels(adapter, name, module, type(parent), switches))
     if switches.recompute:
-        _add(found, _recompute(model, switches, {swap.module: swap.after for swap in found._swaps}))
+        _add(found, planned, _recompute(model, switches, planned))
     names = {*found.already, *(s.name for s in found.swapped), *(d.name for d in found.declined)}
     for pattern in switches.skip:
         if not any(matches(name, pattern) for name in names):
@@ -123,15 +126,19 @@ def plan(model: nn.Module, adapters: Iterable[Adapter], switches: Switches = DEF
     return found
 
 
-def _add(found: Plan, proposals: Iterable[_Proposal]) -> None:
+def _add(found: Plan, planned: dict[nn.Module, type[nn.Module]], proposals: Iterable[_Proposal]) -> None:
     for name, module, kind, cls, runs, reason, subclass, recipe in proposals:
+        if reason is None and module in planned:
+            reason = "its class is swapped for another part already"
         if isinstance(module, Swappable):
             found.already.append(name)
+            found._already.add(kind)
         elif reason is not None:
             found.declined.append(Declined(name, kind, cls, reason))
         else:
+            planned[module] = subclass(type(module), recipe)
             found.swapped.append(Swapped(name, kind, cls, runs))
-            found._swaps.append(Swap(module, type(module), subclass(type(module), recipe)))
+            found._swaps.append(Swap(weakref.ref(module), type(module), planned[module]))
 
 
 def _kernels(adapter: Adapter, name: str, module: nn.Module, parent: type, switches: Switches) -> Iterator[_Proposal]:
@@ -194,8 +201,6 @@ def _recompute(model: nn.Module, switches: Switches, planned: dict[nn.Module, ty
                 backbones[owners[-1]] = model.get_submodule(owners[-1])
     for name, backbone in backbones.items():
         reason = switches.skipped(name) or foreign_method(backbone, type(backbone), "forward")
-        if backbone in planned:
-            reason = "its class is swapped for another part already"
         cls_name = type(backbone).__name__
         yield _Proposal(name, backbone, "recompute", cls_name, _RECOMPUTES, reason, recompute_class, None)
 

@@ -34,6 +34,11 @@ class Swappable:
         return (_new_instance, self._recipe, *reduced[2:])
 
 
+def swapped_class(cls: type[nn.Module]) -> Any:
+    """The class of `apply` that `cls` is or derives from (FSDP derives one of its own)."""
+    return next(c for c in cls.__mro__ if "_recipe" in vars(c))
+
+
 def _new_instance(subclass: Callable[..., type[nn.Module]], base: type[nn.Module], recipe: Any) -> nn.Module:
     cls = subclass(base, recipe)
     return cls.__new__(cls)
