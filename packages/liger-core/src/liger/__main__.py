@@ -34,11 +34,12 @@ def _parser() -> argparse.ArgumentParser:
     explain = commands.add_parser("explain", parents=[as_json], help="what liger.apply would do to a model, and why")
     explain.add_argument("model", help="a model type (llama), a config.json, or a directory with one; no hub names")
     explain.add_argument("--modules", action="store_true", help="a line for every module")
-    bench = commands.add_parser(
-        "bench", parents=[as_json], help="eager, torch.compile and liger on this GPU: 2 minutes"
-    )
+    bench = commands.add_parser("bench", parents=[as_json], help="eager, torch.compile and liger on this GPU")
     bench.add_argument("--only", action="append", metavar="OP", help="one op, or step; may be repeated")
     bench.add_argument("--tiny", action="store_true", help="sizes that prove that it runs, without a GPU too")
+    bench.add_argument(
+        "--seconds", type=float, default=120, help="after these, no further shape of an op is begun; 120 by default"
+    )
     return parser
 
 
@@ -51,7 +52,7 @@ def _answer(options: argparse.Namespace) -> Answer:
     if options.command == "bench":
         from liger.cli.bench import bench
 
-        return bench(only=options.only, tiny=options.tiny)
+        return bench(only=options.only, tiny=options.tiny, seconds=options.seconds)
     from liger.cli.report import report
 
     return report()

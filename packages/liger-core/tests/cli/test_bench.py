@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -21,7 +23,7 @@ each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.op)
 def test_the_document_has_these_keys(llama, document, device):
     status, found = document("bench", "--tiny", "--only", "swiglu", "--only", "step")
     assert status == 0
-    assert list(found) == ["schema", "command", "device", "versions", "tiny", "ops", "step", "seconds"]
+    assert list(found) == ["schema", "command", "device", "versions", "tiny", "ops", "step", "left_out", "seconds"]
     assert (found["schema"], found["command"], found["tiny"]) == (1, "bench", True)
     (op,) = found["ops"]
     assert op.keys() == {"op", "shape", "ways", "speedup"}
@@ -150,6 +152,25 @@ def test_the_largest_model_that_fits_is_trained(monkeypatch, device):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (20 * 2**30, 80 * 2**30))
     assert bench_module._step(torch.device("cuda"), tiny=False)["speedup"] == 1.5
     assert tried == list(SETTINGS[1:3])
+
+
+def test_after_its_seconds_it_begins_no_further_shape(monkeypatch):
+    done = {"ways": dict.fromkeys(("eager", "compile", "liger"), {"out_of_memory": True}), "speedup": None}
+    monkeypatch.setattr(bench_module, "_op", lambda case, shape, *_: {"op": case.op, "shape": list(shape), **done})
+    monkeypatch.setattr(bench_module, "why_no_gpu", lambda: None)
+    monkeypatch.setattr(bench_module, "ops_run", lambda: SimpleNamespace(what="kernels"))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "a GPU")
+    ops = [case.op for case in CASES]
+    more = [f"{case.op} {bench_module._title(shape)}" for case in CASES for shape in case.shapes[1:]]
+    hurried = bench(only=ops, seconds=-1).data
+    assert [op["op"] for op in hurried["ops"]] == ops
+    assert hurried["left_out"] == more
+    assert more
+    patient = bench(only=ops, seconds=60).data
+    assert [(op["op"], tuple(op["shape"])) for op in patient["ops"]] == [
+        (case.op, shape) for case in CASES for shape in case.shapes
+    ]
+    assert patient["left_out"] == []
 
 
 def test_settings_are_sorted_and_can_be_built():

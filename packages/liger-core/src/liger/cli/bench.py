@@ -5,8 +5,8 @@ The repository's `benchmarks` measure more, more closely, and beside other libra
 The document: `device`, `versions`, `tiny`, `ops` (`op`, `shape`, `ways`: eager, compile and liger, each `ms` and
 `peak_mib` of forward and backward, or `out_of_memory`, or `failed` with the error; `speedup` over eager, or null),
 `step` (null where it was not asked for, or `skipped` or `failed` with the reason, or `model_type`, `parameters`,
-`batch`, `sequence`, `swapped`, `ways`: eager and liger, each `ms`, `tokens_per_second` and `peak_gib`, and `speedup`)
-and `seconds`. A figure of memory is null without a GPU.
+`batch`, `sequence`, `swapped`, `ways`: eager and liger, each `ms`, `tokens_per_second` and `peak_gib`, and `speedup`),
+`left_out` (ops and shapes for which there was no time) and `seconds`. A figure of memory is null without a GPU.
 """
 
 from __future__ import annotations
@@ -33,12 +33,13 @@ _SECONDS = 0.2
 """How long each way of an op is repeated."""
 
 
-def bench(*, only: list[str] | None = None, tiny: bool = False) -> Answer:
+def bench(*, only: list[str] | None = None, tiny: bool = False, seconds: float = 120) -> Answer:
     """Measure, and say on stderr what is being measured. The exit status is 1 where something fails.
 
     Args:
         only: names of ops, and "step"; None for all.
         tiny: sizes that prove that it runs, on the CPU where there is no GPU. Nothing is compiled.
+        seconds: after these no further shape of an op is begun; its first shape and the step are measured anyway.
 
     Raises:
         RefusalError: an unknown name; no GPU, or kernels that are switched off, without `tiny`.
@@ -52,23 +53,35 @@ def bench(*, only: list[str] | None = None, tiny: bool = False) -> Answer:
         raise RefusalError(f"bench measures the kernels on a GPU: {no_gpu or run.because}", status=2)
     device, began = torch.device("cpu" if no_gpu else "cuda"), time.perf_counter()
     cases = [case for case in CASES if not only or case.op in only]
-    ops = [_op(case, shape, device, tiny) for case in cases for shape in ((case.tiny,) if tiny else case.shapes)]
+    ops = [_op(case, case.tiny if tiny else case.shapes[0], device, tiny) for case in cases]
     step = _step(device, tiny) if not only or _STEP in only else None
+    more = [] if tiny else [(case, shape) for case in cases for shape in case.shapes[1:]]
+    left_out = []
+    for case, shape in more:
+        if time.perf_counter() - began > seconds:
+            left_out.append(f"{case.op} {_title(shape)}")
+        else:
+            ops.append(_op(case, shape, device, tiny))
+    ops.sort(key=lambda op: names.index(op["op"]))
     data = {
         "device": "cpu" if no_gpu else torch.cuda.get_device_name(device),
         "versions": versions(),
         "tiny": tiny,
         "ops": ops,
         "step": step,
+        "left_out": left_out,
         "seconds": time.perf_counter() - began,
     }
     measured = [step or {}, *(way for op in ops for way in op["ways"].values())]
     return Answer("bench", data, _page(data), status=1 if any("failed" in record for record in measured) else 0)
 
 
+def _title(shape: Sizes) -> str:
+    return "×".join(map(str, shape))
+
+
 def _op(case: OpCase, shape: Sizes, device: torch.device, tiny: bool) -> Record:
-    title = "×".join(map(str, shape))
-    sys.stderr.write(f"{case.op} {title}\n")
+    sys.stderr.write(f"{case.op} {_title(shape)}\n")
     compiled = torch.compile(case.stock, dynamic=False, backend="eager" if tiny else "inductor")
     functions = {"eager": case.stock, "compile": compiled, "liger": case.liger}
     ways = {name: _attempt(function, case, shape, device, tiny) for name, function in functions.items()}
@@ -161,7 +174,7 @@ def _page(data: Record) -> list[str | Table]:
         columns = ("eager", "compile", "liger", "times eager")
         rows = [
             (
-                op["op"], "×".join(map(str, op["shape"])), *(_figures(op["ways"][name]) for name in columns[:3]),
+                op["op"], _title(op["shape"]), *(_figures(op["ways"][name]) for name in columns[:3]),
                 _times(op["speedup"]),
             )
             for op in data["ops"]
@@ -178,6 +191,8 @@ def _page(data: Record) -> list[str | Table]:
         ]
     if data["step"]:
         page += _step_page(data["step"])
+    if data["left_out"]:
+        page.append(f"Left out for want of time: {', '.join(data['left_out'])}.")
     return [*page, f"{data['seconds']:.0f} s"]
 
 
