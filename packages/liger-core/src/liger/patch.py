@@ -23,8 +23,8 @@ from liger.switches import LINEAR, TRUE, Loss, Switches
 
 _log = logging.getLogger(__name__)
 
-_held: weakref.WeakSet[nn.Module] = weakref.WeakSet()
-"""The modules whose class `apply` has swapped, and no undo given back. A copy of one is not among them."""
+_originals: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+"""The modules whose class `apply` has swapped, at any time. A copy of one is not among them."""
 
 
 _Swapped = tuple[nn.Module, type[nn.Module], type[nn.Module]]
@@ -55,7 +55,6 @@ class Patch(Plan):
                 )
         for module, before, _ in swapped:
             module.__class__ = before
-            _held.discard(module)
         self._swaps.clear()
         self._model = None
 
@@ -70,8 +69,8 @@ class Patch(Plan):
             return []
         patched = [module for module in model.modules() if isinstance(module, Swappable)]
         own, after = {module for module, *_ in self._alive()}, {swap.after for swap in self._swaps}
-        shared = any(module in _held and module not in own for module in patched)
-        copies = ((module, swapped_class(type(module))) for module in patched if module not in _held)
+        shared = any(module in _originals and module not in own for module in patched)
+        copies = ((module, swapped_class(type(module))) for module in patched if module not in _originals)
         return [(module, cls._recipe[1], cls) for module, cls in copies if not shared or cls in after]
 
     def __enter__(self) -> Patch:
@@ -152,7 +151,7 @@ def apply_adapters(
     _require(patch, switches)
     for module, _, after in patch._alive():
         module.__class__ = after
-        _held.add(module)
+        _originals.add(module)
     _log_patch(patch, type(model).__name__, switches)
     return patch
 
