@@ -16,8 +16,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from data_parallel import ON
-from liger.ops import launch, linear_chunks, linear_cross_entropy
-from liger.ops.vocab_parallel_cross_entropy import vocab_parallel_linear_cross_entropy
+from liger.ops import launch, linear_chunks, linear_cross_entropy, vocab_parallel_linear_cross_entropy
 from liger.testing.parity import assert_each_as_exact_as
 from pair import DEVICE, WORLD, Case
 

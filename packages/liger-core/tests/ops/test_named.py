@@ -4,10 +4,21 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 from torch.profiler import profile
 
 from liger import ops
 from liger.ops.named import named
+
+
+@pytest.fixture
+def one_rank(device):
+    """A process group of this process alone."""
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", rank=0, world_size=1, store=dist.HashStore())
+    yield init_device_mesh(device.type, (1,))
+    dist.destroy_process_group()
 
 
 def inputs_of(op, device):
@@ -35,12 +46,16 @@ def inputs_of(op, device):
         "rotary_one": (q, cos, sin),
         "swiglu": (x, tensor(2, 8)),
         "swiglu_joined": (x,),
+        "vocab_parallel_linear_cross_entropy": (x, weight, target),
     }[op]
 
 
 @pytest.mark.parametrize("op", ops.__all__)
-def test_each_op_has_a_range_of_its_name_in_forward_and_in_backward(op, device):
+def test_each_op_has_a_range_of_its_name_in_forward_and_in_backward(op, device, request):
     arguments = inputs_of(op, device)
+    if op == "vocab_parallel_linear_cross_entropy":
+        x, weight, target = arguments
+        arguments = (x, distribute_tensor(weight, request.getfixturevalue("one_rank"), [Shard(0)]), target)
     if op == "qk_norm_rotary":
         arguments = tuple(t.transpose(1, 2) if t.dim() == 4 else t for t in arguments)
     with profile() as recorded:

@@ -11,6 +11,7 @@ from liger.ops.qk_norm_rotary import qk_norm_rotary
 from liger.ops.rms_norm import rms_norm
 from liger.ops.rotary import rotary, rotary_one
 from liger.ops.swiglu import swiglu, swiglu_joined
+from liger.ops.vocab_parallel_cross_entropy import vocab_parallel_linear_cross_entropy
 
 __all__ = [
     "add_rms_norm",
@@ -27,4 +28,5 @@ __all__ = [
     "rotary_one",
     "swiglu",
     "swiglu_joined",
+    "vocab_parallel_linear_cross_entropy",
 ]

@@ -146,6 +146,10 @@ def vocab_parallel_linear_cross_entropy(
 
     Every rank of the weight's mesh must call it with the same input and labels, and run its backward: both are
     collective. Each gets the same loss, the gradient of its own part of the weight, and the whole gradient of input.
+    `liger.apply` runs it for a model under tensor parallelism; call it in a training loop of one's own.
+
+    There is no label_smoothing, which needs a fourth number of each row, and no reduction="none". For those take
+    `linear_cross_entropy` of the whole weight, `linear_weight.full_tensor()`.
 
     Args:
         input: (..., H), the same on every rank: a plain tensor, or a replicated DTensor.
@@ -160,7 +164,7 @@ def vocab_parallel_linear_cross_entropy(
 
     Raises:
         IndexError: a label on the CPU is out of range; on a GPU its loss is NaN.
-        ValueError: the weight is no such DTensor, or shapes or devices do not fit.
+        ValueError: the weight is no such DTensor, reduction is "none", or shapes or devices do not fit.
         TypeError: input, weight and bias have different dtypes without autocast, or are not floating-point.
     """
     op = "vocab_parallel_linear_cross_entropy"
