@@ -119,3 +119,15 @@ def test_a_replaced_forward_of_every_linear_is_not_passed_over_by_the_head(devic
     patch = apply(model)
     assert any("Linear.forward was replaced" in d.reason for d in patch.declined)
     torch.testing.assert_close(model(**inputs).loss, stock)
+
+
+@pytest.mark.parametrize("kind", ["forward_hook", "forward_pre_hook", "full_backward_hook"])
+def test_a_hook_on_an_activation_is_called_by_the_model_and_by_nobody_else(device, kind):
+    model, inputs, calls = made(device), batch(99, device), []
+    act_fn = model.model.layers[1].mlp.act_fn
+    getattr(act_fn, f"register_{kind}")(lambda *_: calls.append(kind))
+    patch = apply(model)
+    assert declined(patch) == {("mlp", "LlamaMLP", "a hook on its act_fn wants to be called")}
+    assert not calls
+    model(**inputs).loss.backward()
+    assert calls == [kind]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from liger.switches import Switches, matches
@@ -20,6 +22,10 @@ from liger.switches import Switches, matches
         ("*norm", "model.layers.3.input_layernorm", True),
         ("model.layers.[01].*", "model.layers.1.mlp", True),
         ("*", "", True),
+        ("lm_head", "base_model.model.lm_head.original_module", True),
+        ("lm_head", "base_model.model.lm_head.modules_to_save.default", True),
+        ("layers.0.mlp", "layers.0.modules_to_save.default.mlp", True),
+        ("modules_to_save", "base_model.model.lm_head.modules_to_save.default", False),
     ],
 )
 def test_a_pattern_means_a_name_or_its_end_after_a_dot(pattern, name, meant):
@@ -33,10 +39,11 @@ def test_patterns_may_come_from_what_can_be_read_once():
     assert switches.skipped("lm_head") is None
 
 
-def test_one_string_is_refused():
-    """Its characters would be the patterns."""
-    with pytest.raises(TypeError, match="skip must be a list of patterns, not 'mlp'"):
-        Switches(skip="mlp")
+@pytest.mark.parametrize("skip", ["mlp", None, [0], b"mlp"], ids=str)
+def test_what_is_no_list_of_strings_is_refused(skip):
+    """The characters of one string would be the patterns."""
+    with pytest.raises(TypeError, match=re.escape(f"skip must be a list of patterns, not {skip!r}")):
+        Switches(skip=skip)
 
 
 def test_only_what_was_passed_is_asked_for_by_name():

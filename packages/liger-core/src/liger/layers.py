@@ -125,6 +125,9 @@ _SWIGLU = _Gate("swiglu", swiglu, swiglu_joined, F.silu)
 _GATES = {"silu": _SWIGLU, "swish": _SWIGLU, "gelu_pytorch_tanh": _geglu("tanh"), "gelu": _geglu("none")}
 
 
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
 @dataclass(frozen=True)
 class _Gated(Layer):
     """What the gated layers share: the activation that the config names, and the module that holds it."""
@@ -146,6 +149,8 @@ class _Gated(Layer):
         act_fn = getattr(module, self.act_fn, None)
         if act_fn is None:
             return f"has no {self.act_fn}"
+        if any(getattr(act_fn, hooks, None) for hooks in _HOOKS):
+            return f"a hook on its {self.act_fn} wants to be called"
         points = torch.linspace(-4, 4, 17, device="cpu")
         with torch.no_grad():
             same = torch.allclose(act_fn(points), gate.activation(points), rtol=0, atol=1e-6)

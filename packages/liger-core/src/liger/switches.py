@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, Literal
@@ -11,6 +12,10 @@ from liger.adapter import Kind
 
 Loss = Literal["linear", "full"] | None
 Part = Kind | Literal["recompute"]
+
+
+_MODULES_TO_SAVE = re.compile(r"\.(original_module|modules_to_save\.[^.]+)(?=\.|$)")
+"""What PEFT puts between the name of a module that it saves and those of the module and of its copies."""
 
 
 class _Default(int):
@@ -34,7 +39,7 @@ class Switches:
 
     Raises:
         ValueError: `loss` is unknown.
-        TypeError: `skip` is one string.
+        TypeError: `skip` is one string, or no list of strings.
     """
 
     rope: bool = TRUE
@@ -48,9 +53,10 @@ class Switches:
     def __post_init__(self) -> None:
         if self.loss not in ("linear", "full", None):
             raise ValueError(f"liger.apply: loss must be 'linear', 'full' or None, not {self.loss!r}")
-        if isinstance(self.skip, str):
+        patterns = tuple(self.skip) if isinstance(self.skip, Iterable) and not isinstance(self.skip, str) else None
+        if patterns is None or not all(isinstance(pattern, str) for pattern in patterns):
             raise TypeError(f"liger.apply: skip must be a list of patterns, not {self.skip!r}")
-        object.__setattr__(self, "skip", tuple(self.skip))
+        object.__setattr__(self, "skip", patterns)
 
     def asked_by_name(self) -> dict[str, Any]:
         """The switches that somebody has turned on by passing them."""
@@ -64,8 +70,12 @@ class Switches:
 
 
 def matches(name: str, pattern: str) -> bool:
-    """Whether a pattern of `skip` means the module of that name: by all of it, or by its end after some dot."""
-    return fnmatchcase(name, pattern) or fnmatchcase(name, f"*.{pattern}")
+    """Whether a pattern of `skip` means the module of that name: by all of it, or by its end after some dot.
+
+    What PEFT's modules_to_save puts behind the name of a module may be left out.
+    """
+    names = (name, _MODULES_TO_SAVE.sub("", name))
+    return any(fnmatchcase(name, pattern) or fnmatchcase(name, f"*.{pattern}") for name in names)
 
 
 DEFAULTS = Switches()
