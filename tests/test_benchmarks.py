@@ -14,11 +14,6 @@ import torch
 ROOT = Path(__file__).parent.parent
 
 
-@pytest.fixture(autouse=True)
-def _from_the_root(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT))
-
-
 def test_a_tiny_run_measures_every_op(tmp_path):
     file = tmp_path / "tiny.json"
     command = [sys.executable, "-m", "benchmarks", "--tiny", "--device", "cpu", "--json", str(file)]

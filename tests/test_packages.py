@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import re
 import sys
@@ -172,6 +173,14 @@ def test_readmes_tree_is_the_repositorys():
     patterns = ("packages/*/src/**/*.py", "benchmarks/**/*.py", "examples/**/*.py", "scripts/*.py", "docs/*.py")
     files = {str(path.relative_to(ROOT).as_posix()) for pattern in patterns for path in ROOT.glob(pattern)}
     assert not files - listed, f"README's tree lacks {files - listed}"
+
+
+def test_a_file_of_more_than_300_lines_says_why_at_its_top():
+    folders = ("packages", "tests", "benchmarks", "docs", "examples", "scripts")
+    texts = {path: path.read_text("utf-8") for folder in folders for path in (ROOT / folder).rglob("*.py")}
+    long = {path: ast.get_docstring(ast.parse(text)) or "" for path, text in texts.items() if text.count("\n") > 300}
+    assert long, "looks at nothing"
+    assert not [path for path, said in long.items() if "\nOver 300 lines: " not in said]
 
 
 @each_package

@@ -9,6 +9,8 @@ The numbers that are not here:
 25  logits, evaluation and generation beside a fused loss: `tests/test_trainer.py`, the contract
     (`test_logits_are_there_for_who_reads_them`, `test_without_labels_nothing_of_the_loss_differs`, `test_generate`)
     and liger-core's `test_causal_lm.py`
+
+Over 300 lines: the cases are one list, in the order of their numbers.
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
-"""The sweep, the convergence runs and the soak: what they measure, what they skip, and what README makes of it."""
+"""The sweep: what it measures and what it skips, and what README makes of all training runs."""
 
 from __future__ import annotations
 
 import json
-import math
 import os
 import subprocess
 import sys
@@ -13,14 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from soak_marks import mark
+
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(autouse=True)
-def _from_the_root(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT))
-    monkeypatch.setattr("liger.ops.launch.enabled", False)  # the interpreter takes half a minute
+pytestmark = pytest.mark.usefixtures("no_interpreter")
 
 
 def never():
@@ -279,86 +275,3 @@ def test_the_tables_show_ratios_missing_memory_and_open_ends():
     assert "400 steps" in shown
     assert "reserved 900, 900, 900 MiB" in shown
     assert "Wrong: it leaks." in section({**machine, "soak": {"marks": looked, "complaints": ["it leaks"]}})
-
-
-def test_stock_and_patched_see_the_same_and_another_seed_does_not(tmp_path):
-    from benchmarks.convergence import Job, judged, train, within
-    from benchmarks.plot import pictures
-
-    reported = []
-    train(Job("llama", CPU, never(), tiny=True, other_seeds=2), reported.append)
-    entry = {"runs": {report.pop("run"): report for report in reported}}
-    assert [*entry["runs"]] == ["stock", "patched", "seed 1", "seed 2"]
-    entry.update(judged(entry))
-    assert 0 < entry["curve_difference"] < 1e-3, "rounded in another way, and otherwise the same"
-    assert entry["curve_spread"] > 10 * entry["curve_difference"]
-    assert within(entry)
-
-    file = tmp_path / "curves.json"
-    file.write_text(json.dumps({"device": "A GPU", "convergence": {"llama": entry, "phi3": {"runs": {}}}}), "utf-8")
-    assert [path.read_bytes()[:4] for path in pictures(file)] == [b"\x89PNG"]
-
-
-def test_a_run_that_is_cut_short_is_not_judged_and_one_that_drifts_is_not_within():
-    from benchmarks.convergence import Job, judged, train, within
-
-    reported = []
-    train(Job("llama", CPU, time.monotonic(), tiny=True), reported.append)
-    assert [report["losses"] for report in reported] == [[]]
-
-    stock = [5 - 0.01 * step for step in range(100)]
-    runs = {name: {"losses": stock} for name in ("stock", "patched")}
-    assert judged({"runs": runs}) == {}
-    runs["seed 1"] = {"losses": [loss + 0.02 for loss in stock]}
-    assert within(judged({"runs": runs}))
-    wandering = [loss + 0.05 * math.sin(step) for step, loss in enumerate(stock[:80])] + stock[80:]
-    assert not within(judged({"runs": {**runs, "patched": {"losses": wandering}}})), "it ends where stock does"
-    higher = [*stock[:80], *(loss + 0.03 for loss in stock[80:])]
-    assert not within(judged({"runs": {**runs, "patched": {"losses": higher}}}))
-    assert judged({"runs": {**runs, "patched": {"losses": stock[:50]}}}) == {}
-
-
-def mark(step, **other):
-    figures = {"allocated_mib": 100.0, "reserved_mib": 900.0, "resident_mib": 2000.0, "variants": 30}
-    return {"step": step, "loss": 4.0, "finite": True, **figures, **other}
-
-
-def test_a_tiny_soak_takes_its_steps():
-    from benchmarks.soak import soak
-
-    saved = []
-    marks = soak(CPU, steps=9, every=3, deadline=never(), tiny=True, save=lambda marks: saved.append(len(marks)))
-    assert saved == [1, 2, 3]
-    assert [mark["step"] for mark in marks] == [3, 6, 9]
-    assert all(mark["finite"] and 0 < mark["loss"] < 10 for mark in marks), marks
-    assert len(soak(CPU, steps=9, every=3, deadline=time.monotonic(), tiny=True)) == 1
-
-
-def test_a_soak_sees_what_is_not_finite(monkeypatch):
-    from benchmarks import soak
-
-    patched = soak._patched
-
-    def broken(device, tiny):
-        model = patched(device, tiny)
-        torch.nn.init.constant_(model.model.norm.weight, math.nan)
-        return model
-
-    monkeypatch.setattr(soak, "_patched", broken)
-    (seen,) = soak.soak(CPU, steps=2, every=2, deadline=never(), tiny=True)
-    assert not seen["finite"]
-
-
-def test_a_soak_complains_of_growth_of_compilation_and_of_nan():
-    from benchmarks.soak import complaints
-
-    steps = range(100, 1100, 100)
-    assert complaints([mark(step) for step in steps]) == []
-    on_a_cpu = {"allocated_mib": None, "reserved_mib": None}
-    assert complaints([mark(step, **on_a_cpu) for step in steps]) == []
-    for key, a_step in (("allocated_mib", 0.01), ("reserved_mib", 1.0), ("resident_mib", 0.3)):
-        growing = [mark(step, **{key: 100 + a_step * step}) for step in steps]
-        assert [line.partition(":")[0] for line in complaints(growing)] == [key]
-    assert "variants: 30" in complaints([*(mark(step) for step in steps), mark(1100, variants=31)])[0]
-    assert "step 500" in complaints([mark(step, finite=step != 500) for step in steps])[0]
-    assert "too few" in complaints([mark(100)])[0]

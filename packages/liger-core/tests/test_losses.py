@@ -1,4 +1,7 @@
-"""The preference losses over linear_log_prob, against their papers' formulas from the whole logits in fp64."""
+"""The preference losses over linear_log_prob, against their papers' formulas from the whole logits in fp64.
+
+Over 300 lines: each loss stands beside its formula in plain torch.
+"""
 
 from __future__ import annotations
 

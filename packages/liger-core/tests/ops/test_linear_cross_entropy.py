@@ -1,4 +1,7 @@
-"""linear_cross_entropy against fp64, through the kernels and through the reference, in several chunks."""
+"""linear_cross_entropy against fp64, through the kernels and through the reference, in several chunks.
+
+Over 300 lines: an op has one file of tests.
+"""
 
 from __future__ import annotations
 
@@ -12,41 +15,14 @@ from liger.ops import linear_chunks, linear_cross_entropy
 from liger.ops.loss_rows import Options, fill_rows
 from liger.testing import assert_as_exact_as
 from liger.testing.error_rule import relative_error
+from loss_cases import DTYPES, OPTIONS, cross_entropy_in_torch, upstream_of
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
-DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
-OPTIONS = {
-    "plain": {},
-    "smoothing": {"label_smoothing": 0.1},
-    "z_loss": {"z_loss": 1e-2},
-    "softcap": {"softcap": 3.0},
-    "scale": {"logit_scale": 0.3},
-    "all": {"label_smoothing": 0.2, "z_loss": 1e-2, "softcap": 2.0, "logit_scale": 1.5},
-}
 
-
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
-
-
-def naive(
-    x, weight, target, *, linear_bias=None, ignore_index=-100, label_smoothing=0.0, z_loss=0.0, softcap=None,
-    logit_scale=1.0, reduction="mean", denominator=None, accum_dtype=None,
-):  # fmt: skip
-    """What a model would write with torch's own functions: the linear layer, logits.float(), everything in that."""
-    logits = F.linear(x, weight, linear_bias)
-    z = logits.to(torch.promote_types(logits.dtype, torch.float32)) * logit_scale
-    if softcap is not None:
-        z = torch.tanh(z / softcap) * softcap
-    flat = (z.flatten(0, -2), target.flatten())
-    loss = F.cross_entropy(*flat, ignore_index=ignore_index, label_smoothing=label_smoothing, reduction="none")
-    loss = loss.view(target.shape) + z_loss * z.logsumexp(-1).square() * (target != ignore_index)
-    if reduction == "none":
-        return loss
-    count = (target != ignore_index).sum() if reduction == "mean" else 1
-    return loss.sum() / float(count if denominator is None else denominator)
+def naive(x, weight, target, *, linear_bias=None, accum_dtype=None, **options):
+    """What a model would write with torch's own functions."""
+    return cross_entropy_in_torch(F.linear(x, weight, linear_bias), target, **options)
 
 
 def some(rows, width, columns, device, dtype=torch.float32, ignored=()):
@@ -75,11 +51,6 @@ def check(x, weight, bias, target, upstream=None, **options):
     for name, *three in zip(("loss", "dx", "dW", "db"), actual, own, exact, strict=bias is not None):
         assert_as_exact_as(*three, name)
     return actual
-
-
-def upstream_of(reduction, rows, device):
-    """One gradient per row, or a power of two, as a GradScaler's: in fp16, backward must not round again for it."""
-    return torch.rand(rows, device=device) if reduction == "none" else torch.tensor(0.25, device=device)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

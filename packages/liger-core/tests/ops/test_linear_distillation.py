@@ -1,4 +1,7 @@
-"""linear_distillation against fp64, through the kernel and through the reference, in several chunks."""
+"""linear_distillation against fp64, through the kernel and through the reference, in several chunks.
+
+Over 300 lines: an op has one file of tests.
+"""
 
 from __future__ import annotations
 
@@ -12,10 +15,10 @@ import torch.nn.functional as F
 from liger.ops import linear_chunks, linear_distillation
 from liger.testing import assert_as_exact_as
 from liger.testing.error_rule import relative_error
+from loss_cases import DTYPES, upstream_of
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
-DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 BETAS = [0.0, 0.1, 0.5, 1.0]
 NAMES = ("student_input", "student_weight", "teacher_input", "teacher_weight", "target", "student_bias", "teacher_bias")
 
@@ -86,11 +89,6 @@ def check(tensors, upstream=None, **options):
     for name, *three in zip(("loss", "dx", "dW", "db"), actual, own, exact, strict=tensors["student_bias"] is not None):
         assert_as_exact_as(*three, name, computed_in=computed_in)
     return actual
-
-
-def upstream_of(reduction, rows, device):
-    """One gradient per row, or a power of two, as a GradScaler's: in fp16, backward must not round again for it."""
-    return torch.rand(rows, device=device) if reduction == "none" else torch.tensor(0.25, device=device)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

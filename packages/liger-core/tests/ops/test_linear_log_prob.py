@@ -1,4 +1,7 @@
-"""linear_log_prob against fp64, through the kernels and through the reference, in several chunks."""
+"""linear_log_prob against fp64, through the kernels and through the reference, in several chunks.
+
+Over 300 lines: an op has one file of tests.
+"""
 
 from __future__ import annotations
 

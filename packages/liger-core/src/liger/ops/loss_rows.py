@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from liger.ops.launch import jit, launch, next_power_of_2, runs_kernels, tl
+from liger.ops.tanh import tanh
 
 
 class Options(NamedTuple):
@@ -100,28 +101,13 @@ def _reference_fill(
 
 
 @jit(varying=())
-def _tanh(x):
-    # From exp alone, tanh of a small x would have an absolute error of one rounding of 1; the polynomial is Cephes'.
-    square = x * x
-    small = -5.70498872745e-3 * square + 2.06390887954e-2
-    small = small * square - 5.37397155531e-2
-    small = small * square + 1.33314422036e-1
-    small = small * square - 3.33332819422e-1
-    small = small * square * x + x
-    decay = tl.exp(-2.0 * tl.abs(x))
-    large = (1.0 - decay) / (1.0 + decay)
-    large = tl.where(x < 0.0, -large, large)
-    return tl.where(tl.abs(x) < 0.625, small, large)
-
-
-@jit(varying=())
 def capped_logits(x, logit_scale, softcap, HAS_SCALE: tl.constexpr, HAS_SOFTCAP: tl.constexpr):  # noqa: ANN201
     """`reference_z`, in a kernel."""
     z = x.to(tl.float32)
     if HAS_SCALE:
         z = z * logit_scale
     if HAS_SOFTCAP:
-        z = softcap * _tanh(z / softcap)
+        z = softcap * tanh(z / softcap)
     return z
 
 

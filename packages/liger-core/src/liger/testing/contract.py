@@ -8,6 +8,8 @@
 
 Every switch that a Layer of the adapter names (a softcap, an offset) must be on in the config: what is off is not
 tested. A test may be overridden only by one marked `@pytest.mark.xfail(reason=...)`.
+
+Over 300 lines: the contract is one class, so that an adapter inherits all of it.
 """
 
 from __future__ import annotations
