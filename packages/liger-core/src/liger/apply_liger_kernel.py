@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from torch import nn
 
@@ -16,12 +16,20 @@ from liger.patch import Patch, apply_adapters, turned_off
 from liger.switches import LINEAR, TRUE
 
 
+class _Hook(NamedTuple):
+    """A class, the `__init__` that it was given, and its own, None where it inherits one."""
+
+    cls: type[nn.Module]
+    init: Callable[..., None]
+    own: Any
+
+
 class FuturePatch(Patch):
     """A patch of every model of a type that is built from now on, until it is undone."""
 
     def __init__(self) -> None:
         super().__init__()
-        self._hooks: list[tuple[type[nn.Module], bool, Any]] = []
+        self._hooks: list[_Hook] = []
 
     def hook(self, cls: type[nn.Module], then: Callable[[nn.Module], Patch]) -> None:
         """Call `then` with every instance of `cls` when its `__init__` has run."""
@@ -33,19 +41,27 @@ class FuturePatch(Patch):
             then(self)
 
         cls.__init__ = init  # type: ignore[method-assign]
-        self._hooks.append((cls, own, stock))
+        self._hooks.append(_Hook(cls, init, stock if own else None))
 
     def undo(self) -> None:
-        """Build models as before. Those that were built patched stay so."""
-        for cls, own, stock in self._hooks:
-            if own:
-                cls.__init__ = stock  # type: ignore[method-assign]
+        """Build models as before. Those that were built patched stay so.
+
+        Raises:
+            RuntimeError: an `__init__` was replaced by something else since (another such patch, say); nothing is
+                undone then.
+        """
+        for cls, init, _ in self._hooks:
+            if vars(cls).get("__init__") is not init:
+                raise RuntimeError(f"cannot undo: {cls.__name__}.__init__ was replaced by something else since")
+        for cls, _, own in self._hooks:
+            if own is not None:
+                cls.__init__ = own  # type: ignore[method-assign]
             else:
                 del cls.__init__
         self._hooks.clear()
 
     def __str__(self) -> str:
-        return "\n".join(["liger.Patch of models to be built", *(f"  {cls.__name__}" for cls, *_ in self._hooks)])
+        return "\n".join(["liger.Patch of models to be built", *(f"  {hook.cls.__name__}" for hook in self._hooks)])
 
 
 def apply_liger_kernel(adapter: Adapter, mlp: Literal["swiglu", "geglu"] = "swiglu") -> Callable[..., Patch]:
