@@ -156,7 +156,7 @@ def test_the_largest_model_that_fits_is_trained(monkeypatch, device):
 
 
 def test_after_its_seconds_it_begins_no_further_shape(monkeypatch):
-    done = {"ways": dict.fromkeys(("eager", "compile", "liger"), {"out_of_memory": True}), "speedup": None}
+    done = {"ways": {way: {"out_of_memory": True} for way in ("eager", "compile", "liger")}, "speedup": None}
     monkeypatch.setattr(bench_module, "_op", lambda case, shape, *_: {"op": case.op, "shape": list(shape), **done})
     monkeypatch.setattr(bench_module, "why_no_gpu", lambda: None)
     monkeypatch.setattr(bench_module, "ops_run", lambda: SimpleNamespace(what="kernels"))
