@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import pytest
+import torch
+from torch import nn
 from transformers.models.llama import modeling_llama
 
 from adapted_models import LLAMA, llama
+from liger.adapter import Layer
 from liger.patch import apply_adapters
+from liger.subclass import layer_class
 from liger.testing.tiny import batch
 
 pytestmark = pytest.mark.usefixtures("no_interpreter")
@@ -36,3 +40,29 @@ def test_models_of_one_type_share_their_classes(device):
     apply(first)
     apply(second)
     assert [type(m) for m in first.modules()] == [type(m) for m in second.modules()]
+
+
+class Difference(nn.Module):
+    def forward(self, minuend, subtrahend):
+        return minuend - subtrahend
+
+
+class FusedDifference(Layer):
+    kind = "norm"
+
+    def declines(self, module):
+        return None
+
+    def forward(self, module, x, y):
+        return x - y
+
+
+def test_arguments_by_keyword_arrive_by_their_names_and_not_in_their_order():
+    stock = Difference()
+    swapped = layer_class(Difference, FusedDifference())()
+    one, two = torch.ones(1), torch.full((1,), 2.0)
+    for given in ({"minuend": one, "subtrahend": two}, {"subtrahend": two, "minuend": one}):
+        assert swapped(**given) == stock(**given)
+    assert swapped(one, subtrahend=two) == stock(one, two)
+    with pytest.raises(TypeError, match="difference"):
+        swapped(one, difference=two)

@@ -7,6 +7,7 @@ checkpointing, FSDP and PEFT see what they saw before.
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
 from types import FunctionType
 from typing import TYPE_CHECKING, Any
@@ -63,11 +64,13 @@ def _subclass(
 @functools.cache
 def layer_class(base: Any, layer: Layer) -> type[nn.Module]:
     """`base`, one of whose methods is the layer's."""
-    compute = layer.forward
+    stock, compute = getattr(base, layer.method), layer.forward
+    theirs, ours = (list(inspect.signature(f).parameters)[1:] for f in (stock, compute))
+    names = dict(zip(theirs, ours, strict=False))
 
-    @functools.wraps(getattr(base, layer.method))
+    @functools.wraps(stock)
     def method(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return compute(self, *args, *kwargs.values())
+        return compute(self, *args, **{names.get(name, name): value for name, value in kwargs.items()})
 
     return _subclass(base, {layer.method: method}, (layer_class, base, layer), layer.kernel)
 
