@@ -24,7 +24,6 @@ import matplotlib.pyplot as plt
 from benchmarks.peers import NAMES
 
 _COLORS = ("#9e9e9e", "#5f6b7a", "#e69f00", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#b59f00", "#0047ab")
-_CURVES = ("#9e9e9e", "#0047ab", "#e69f00", "#d55e00", "#b59f00")
 COLORS = dict(zip(NAMES, _COLORS, strict=True))
 Case = dict[str, Any]
 Record = dict[str, Any]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+
+from environment_of_references import REFERENCES
 
 ROOT = Path(__file__).parent.parent
 
@@ -19,8 +20,7 @@ def test_a_tiny_run_measures_every_op(tmp_path):
     command = [sys.executable, "-m", "benchmarks", "--tiny", "--device", "cpu", "--json", str(file)]
     for peer in ("eager", "liger"):
         command += ["--peer", peer]
-    references = {**os.environ, "TRITON_INTERPRET": "0", "OMP_NUM_THREADS": "1"}
-    subprocess.run(command, cwd=ROOT, env=references, check=True, capture_output=True, timeout=300)
+    subprocess.run(command, cwd=ROOT, env=REFERENCES, check=True, capture_output=True, timeout=300)
     results = json.loads(file.read_text("utf-8"))
 
     from benchmarks.cases import CASES

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import math
-import os
 import re
 import subprocess
 import sys
@@ -13,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from environment_of_references import REFERENCES
 from liger.testing.plugin import HAS_GPU
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -32,8 +32,7 @@ def run(folder, command):
     if words[0] == "torchrun":  # on a port of its own, since the tests beside this one may run it too
         words[:3] = ["python", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(PROCESSES)]
     words[0] = sys.executable
-    references = {**os.environ, "TRITON_INTERPRET": "0", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(words, cwd=folder, env=references, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(words, cwd=folder, env=REFERENCES, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, f"{command}\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}"
     return done.stdout
 

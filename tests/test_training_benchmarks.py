@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from environment_of_references import REFERENCES
 from soak_marks import mark
 
 ROOT = Path(__file__).parent.parent
@@ -215,9 +216,8 @@ def test_a_tiny_sweep_is_written_skips_what_there_is_no_time_for_and_goes_on_fro
 
     file = tmp_path / "tiny.json"
     llama = ["--tiny", "--device", "cpu", "--json", str(file), "--model", "llama-1b", "--way", "liger"]
-    references = {**os.environ, "TRITON_INTERPRET": "0", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "benchmarks.sweep", *llama]
-    subprocess.run(command, cwd=ROOT, env=references, check=True, capture_output=True, timeout=200)
+    subprocess.run(command, cwd=ROOT, env=REFERENCES, check=True, capture_output=True, timeout=200)
     results = json.loads(file.read_text("utf-8"))
     (group,) = results["sweep"]
     assert [(row["batch"], row["sequence"]) for row in group["rows"]] == [(1, 16), (2, 16)]
