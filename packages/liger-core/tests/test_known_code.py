@@ -7,34 +7,18 @@ import functools
 import pytest
 import torch
 from torch import nn
-from transformers import LlamaConfig
 from transformers.models.llama import modeling_llama
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaForCausalLM, LlamaMLP, LlamaRMSNorm
 
-from liger.adapter import Adapter
-from liger.causal_lm import CausalLM
-from liger.layers import GatedMLP, RMSNorm
-from liger.ops import rotary
+from adapted_models import LLAMA, llama
 from liger.patch import apply_adapters
-from liger.testing import TINY
-from liger.testing.tiny import batch, build
+from liger.testing.tiny import batch
 
 pytestmark = pytest.mark.usefixtures("no_interpreter")
 
-ADAPTER = Adapter(
-    modeling="transformers.models.llama.modeling_llama",
-    modules={"LlamaRMSNorm": RMSNorm(eps="variance_epsilon"), "LlamaMLP": GatedMLP(act="hidden_act")},
-    functions={"apply_rotary_pos_emb": rotary},
-    head=CausalLM("LlamaForCausalLM"),
-)
-
-
-def made(device):
-    return build(LlamaForCausalLM, LlamaConfig(**TINY), device)
-
 
 def apply(model):
-    return apply_adapters(model, [ADAPTER])
+    return apply_adapters(model, [LLAMA])
 
 
 def declined(patch):
@@ -66,7 +50,7 @@ def replaced_classes(monkeypatch):
 
 
 def test_a_model_of_classes_that_took_the_places_of_transformers_keeps_them_and_says_so(device, replaced_classes):
-    model = made(device)
+    model = llama(device)
     patch = apply(model)
     held = "transformers.models.llama.modeling_llama holds {}.{} in its own class's place"
     assert declined(patch) == {
@@ -77,7 +61,7 @@ def test_a_model_of_classes_that_took_the_places_of_transformers_keeps_them_and_
 
 
 def test_a_model_built_before_its_classes_were_replaced_is_swapped(device, request):
-    model = made(device)
+    model = llama(device)
     request.getfixturevalue("replaced_classes")
     patch = apply(model)
     assert not patch.declined
@@ -104,7 +88,7 @@ def wrapping(stock):
     [(LlamaRMSNorm, "norm"), (LlamaMLP, "mlp"), (LlamaAttention, "rope"), (LlamaForCausalLM, "loss")],
 )
 def test_a_forward_that_somebody_put_into_the_class_is_kept(device, monkeypatch, cls, kind, wrap):
-    model = made(device)
+    model = llama(device)
     monkeypatch.setattr(cls, "forward", wrapping(cls.forward) if wrap else zero)
     patch = apply(model)
     assert {s.kind for s in patch.swapped} == {"norm", "mlp", "rope", "loss"} - {kind}
@@ -113,7 +97,7 @@ def test_a_forward_that_somebody_put_into_the_class_is_kept(device, monkeypatch,
 
 
 def test_a_replaced_forward_of_every_linear_is_not_passed_over_by_the_head(device, monkeypatch):
-    model, inputs = made(device), batch(99, device)
+    model, inputs = llama(device), batch(99, device)
     monkeypatch.setattr(nn.Linear, "forward", lambda self, input: torch.nn.functional.linear(input, self.weight) * 0.5)
     stock = model(**inputs).loss
     patch = apply(model)
@@ -123,7 +107,7 @@ def test_a_replaced_forward_of_every_linear_is_not_passed_over_by_the_head(devic
 
 @pytest.mark.parametrize("kind", ["forward_hook", "forward_pre_hook", "full_backward_hook"])
 def test_a_hook_on_an_activation_is_called_by_the_model_and_by_nobody_else(device, kind):
-    model, inputs, calls = made(device), batch(99, device), []
+    model, inputs, calls = llama(device), batch(99, device), []
     act_fn = model.model.layers[1].mlp.act_fn
     getattr(act_fn, f"register_{kind}")(lambda *_: calls.append(kind))
     patch = apply(model)

@@ -12,6 +12,7 @@ from liger.ops import qk_norm_rotary, rms_norm, rotary
 from liger.ops import qk_norm_rotary_kernels as kernels
 from liger.ops.rms_norm import Cast
 from liger.testing import assert_as_exact_as
+from rotary_in_torch import rotated
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -29,11 +30,6 @@ CASTS = [("llama", 0.0), ("gemma", 1.0)]
 NAMES = ["q_out", "k_out", "dq", "dk", "dq_weight", "dk_weight"]
 
 
-def rotate_half(x):
-    half = x.shape[-1] // 2
-    return torch.cat((-x[..., half:], x[..., :half]), dim=-1)
-
-
 def stock(q, k, q_weight, k_weight, cos, sin, eps=1e-6, *, offset=0.0, cast="llama", unsqueeze_dim=2):
     """What transformers computes: each norm with its casts, then the rotation of the first columns."""
     cos, sin = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
@@ -47,8 +43,7 @@ def stock(q, k, q_weight, k_weight, cos, sin, eps=1e-6, *, offset=0.0, cast="lla
             x = (weight + offset) * x_hat.to(x.dtype)
         else:
             x = (x_hat * (offset + weight.to(wide))).to(x.dtype)
-        turned, rest = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
-        return torch.cat([turned * cos + rotate_half(turned) * sin, rest], dim=-1)
+        return rotated(x, cos, sin)
 
     return one(q, q_weight), one(k, k_weight)
 

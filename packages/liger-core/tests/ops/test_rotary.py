@@ -9,6 +9,7 @@ import torch
 
 from liger.ops import rotary, rotary_one
 from liger.testing import assert_as_exact_as
+from rotary_in_torch import rotated
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 rotary_module = importlib.import_module("liger.ops.rotary")  # `liger.ops.rotary` is the function
@@ -23,18 +24,9 @@ DTYPES = [
 ]
 
 
-def rotate_half(x):
-    half = x.shape[-1] // 2
-    return torch.cat((-x[..., half:], x[..., :half]), dim=-1)
-
-
 def stock(q, k, cos, sin, unsqueeze_dim=1):
-    """`apply_rotary_pos_emb` of transformers (Phi3's, which rotates in part; Llama's when cos is as wide as q)."""
     cos, sin = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
-    width = cos.shape[-1]
-    return tuple(
-        torch.cat([x[..., :width] * cos + rotate_half(x[..., :width]) * sin, x[..., width:]], dim=-1) for x in (q, k)
-    )
+    return rotated(q, cos, sin), rotated(k, cos, sin)
 
 
 def check(q, k, cos, sin, unsqueeze_dim=1) -> None:
