@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from liger.ops import linear_chunks, linear_log_prob
+from liger.ops import linear_chunks, linear_log_prob, linear_slices
 from liger.testing import assert_as_exact_as
 from liger.testing.error_rule import relative_error
 
@@ -127,6 +127,16 @@ def test_near_certainty_matches_fp64(device, path, dtype):
     weight = torch.tensor([[1.0], [0.0], [-1.0]], device=device, dtype=dtype)
     log_prob, *_ = check(margin, weight, None, torch.zeros(21, dtype=torch.int64, device=device))
     assert (log_prob <= 0).all()
+
+
+@pytest.mark.parametrize("used", USED.values(), ids=USED)
+def test_near_certainty_logits_that_backward_rounds_otherwise_do_not_count(device, path, chunk_rows, monkeypatch, used):
+    """Backward's products have other shapes than forward's: 1 − p of the target must not be their rounding."""
+    weight = torch.randn(300, 96, device=device) / 96**0.5
+    target = torch.randint(300, (12,), device=device)
+    chunk_rows(1)
+    monkeypatch.setattr(linear_slices, "grid", lambda rows, *_: ([(0, rows)], [(0, 64), (64, 300)]))
+    check(20 * weight[target], weight, None, target, used=used)
 
 
 def test_softcap_of_padded_lanes_is_not_summed(device, path):

@@ -3,7 +3,7 @@ r"""Linear layer and log-softmax in one: every token's log-probability and entro
     z = cap(logit_scale · (x Wᵀ + b)) / temperature            p = softmax(z)
     log_prob = log p_target                                    entropy = − Σ_j p_j log p_j
 
-Forward takes the rows in chunks (see `linear_chunks`) and keeps three numbers of each. With them, backward needs no
+Forward takes the rows in chunks (see `linear_chunks`) and keeps four numbers of each. With them, backward needs no
 whole rows: it computes the logits of a slice of classes again, turns them into their gradient in place (the formulas
 and the kernels are those of `log_prob_rows`), and uses them up in dx, dW and db before the next slice (see
 `linear_slices`). So both have an upstream gradient for every token, and a second backward through the same graph is as
@@ -55,7 +55,7 @@ def _forward_outputs(input: Tensor, compute_dtype: torch.dtype) -> tuple[Tensor,
         input.new_empty(rows, dtype=wide),
         input.new_empty(rows, dtype=wide),
         input.new_empty(rows, dtype=torch.bool),
-        input.new_empty(rows, 3, dtype=wide),
+        input.new_empty(rows, 4, dtype=wide),
     )
 
 

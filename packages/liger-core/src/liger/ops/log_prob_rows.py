@@ -15,10 +15,10 @@ With the upstream gradients g of log_prob and h of entropy:
 All of it runs in fp32 (the reference on fp64: in fp64), and dx is rounded once. m, a and gap are kept apart: near
 certainty, log p_t and the entropy have digits that a sum with m would have lost; a and gap are never negative.
 
-One kernel reads each logit once, for everything that forward returns. The other reads it once more, and writes the
-gradient in its place; it needs only the columns that it is given, not the whole row. Both take differences first, which
-are exact where logits are near each other, and then turn them into what `exp2` takes, by coldness = log₂ e / T: their m
-is that of T z, and their a and gap are in base 2.
+One kernel reads each logit once, for everything that forward returns. The other reads some columns once more and writes
+the gradient in their place. Both take differences first, which are exact where logits are near each other, and then
+turn them into what `exp2` takes, by coldness = log₂ e / T: their m is that of T z, their a and gap are in base 2.
+log_prob is kept for backward, whose products may round otherwise: near certainty 1 − p_t would be that rounding.
 """
 
 from __future__ import annotations
@@ -51,8 +51,9 @@ def _reference_measure(
     total = exponential.sum(-1)
     above = total.log()
     gap = -exponential.mul_(below).sum(-1) / total
-    statistics.copy_(torch.stack((top, above, gap), -1))
-    log_prob.sub_(above).masked_fill_(~counts, 0.0)
+    log_prob.sub_(above)
+    statistics.copy_(torch.stack((top, above, gap, log_prob), -1))
+    log_prob.masked_fill_(~counts, 0.0)
     entropy.copy_(torch.where(counts, above + gap, 0.0))
     is_top1.copy_((largest == label[:, 0]) & counts)
 
@@ -66,14 +67,16 @@ def _reference_differentiate(
     place = target.long() - first_class
     here = (place >= 0) & (place < logits.shape[-1])
     capped = reference_z(logits, options)
-    top, above, gap = statistics.unbind(-1)
-    below = (capped / temperature - top[:, None]).clamp_(min=_FAR)
+    top, above, gap, own = statistics.unbind(-1)
+    column = torch.where(here, place, 0)[:, None]
+    below = capped / temperature - top[:, None]
+    below.scatter_(-1, column, torch.where(here, own + above, below[:, 0])[:, None]).clamp_(min=_FAR)
     zero = torch.zeros_like(top)
     g = zero if log_prob_gradient is None else log_prob_gradient
     h = zero if entropy_gradient is None else entropy_gradient
     dx = (below - above[:, None]).exp_()
     dx *= (g + h * gap)[:, None] if entropy_gradient is None else below.add_(gap[:, None]).mul_(h[:, None]) + g[:, None]
-    dx.neg_().scatter_add_(-1, torch.where(here, place, 0)[:, None], torch.where(here, g, 0.0)[:, None])
+    dx.neg_().scatter_add_(-1, column, torch.where(here, g, 0.0)[:, None])
     if options.softcap is not None:
         dx *= 1 - (capped / options.softcap).square()
     logits.copy_(dx.mul_(options.logit_scale / temperature).masked_fill_(~counts[:, None], 0.0))
@@ -121,8 +124,8 @@ def _measure_kernel(
         tl.store(log_prob + row, 0.0)
         tl.store(entropy + row, 0.0)
         tl.store(is_top1 + row, False)
-        for i in tl.static_range(3):
-            tl.store(statistics + 3 * row + i, 0.0)
+        for i in tl.static_range(4):
+            tl.store(statistics + 4 * row + i, 0.0)
     else:
         is_label = (label >= 0) & (label < columns)
         if not is_label:
@@ -171,24 +174,26 @@ def _measure_kernel(
         above = tl.log2(whole_sum)
         below = (z_label - top) * coldness
         # A compiler may round z twice in different ways: neither may have the wrong sign for it.
-        tl.store(log_prob + row, tl.where(below > above, 0.0, below - above) * LN2)
+        own = tl.where(below > above, 0.0, below - above)
+        tl.store(log_prob + row, own * LN2)
         tl.store(entropy + row, tl.where(above + mean_gap < 0.0, 0.0, above + mean_gap) * LN2)
         tl.store(is_top1 + row, is_label & (beaten == 0) & (top <= z_label))
-        tl.store(statistics + 3 * row, top)
-        tl.store(statistics + 3 * row + 1, above)
-        tl.store(statistics + 3 * row + 2, mean_gap)
+        tl.store(statistics + 4 * row, top)
+        tl.store(statistics + 4 * row + 1, above)
+        tl.store(statistics + 4 * row + 2, mean_gap)
+        tl.store(statistics + 4 * row + 3, own)
 
 
 @jit(varying=())
 def _differentiate(
-    logits, column, columns, label, top, above, gap, g, h, logit_scale, softcap, coldness, HAS_SCALE: tl.constexpr,
+    logits, column, columns, label, top, above, gap, own, g, h, logit_scale, softcap, coldness, HAS_SCALE: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr, HAS_LOG_PROB: tl.constexpr, HAS_ENTROPY: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Put the gradient of a tile in the place of its logits."""
     inside = column < columns if MASKED else None
     x = tl.load(logits + column, mask=inside, other=0.0 if MASKED else None, eviction_policy="evict_first")
     capped = capped_logits(x, logit_scale, softcap, HAS_SCALE, HAS_SOFTCAP)
-    below = (capped - top) * coldness
+    below = tl.where(column == label, own + above, (capped - top) * coldness)
     slope = tl.zeros_like(below)
     if HAS_LOG_PROB:
         slope += g
@@ -228,9 +233,10 @@ def _differentiate_kernel(
         for first in range(0, columns, DEPTH * WIDTH):
             tl.store(row_logits + first + tile, zeros, mask=first + tile < columns)
     else:
-        top = tl.load(statistics + 3 * row)
-        above = tl.load(statistics + 3 * row + 1)
-        gap = tl.load(statistics + 3 * row + 2)
+        top = tl.load(statistics + 4 * row)
+        above = tl.load(statistics + 4 * row + 1)
+        gap = tl.load(statistics + 4 * row + 2)
+        own = tl.load(statistics + 4 * row + 3)
         g, h = 0.0, 0.0
         if HAS_LOG_PROB:
             g = tl.load(log_prob_gradient + row * log_prob_stride)
@@ -240,13 +246,13 @@ def _differentiate_kernel(
             h = tl.load(entropy_gradient + row * entropy_stride) * 0.6931471805599453
         for first in range(0, whole, DEPTH * WIDTH):
             _differentiate(
-                row_logits, first + tile, columns, place, top, above, gap, g, h, logit_scale, softcap, coldness,
-                HAS_SCALE, HAS_SOFTCAP, HAS_LOG_PROB, HAS_ENTROPY, MASKED=False,
+                row_logits, first + tile, columns, place, top, above, gap, own, g, h, logit_scale, softcap,
+                coldness, HAS_SCALE, HAS_SOFTCAP, HAS_LOG_PROB, HAS_ENTROPY, MASKED=False,
             )  # fmt: skip
         if whole < columns:
             _differentiate(
-                row_logits, whole + tile, columns, place, top, above, gap, g, h, logit_scale, softcap, coldness,
-                HAS_SCALE, HAS_SOFTCAP, HAS_LOG_PROB, HAS_ENTROPY, MASKED=True,
+                row_logits, whole + tile, columns, place, top, above, gap, own, g, h, logit_scale, softcap,
+                coldness, HAS_SCALE, HAS_SOFTCAP, HAS_LOG_PROB, HAS_ENTROPY, MASKED=True,
             )  # fmt: skip
 
 
@@ -254,7 +260,7 @@ def measure_rows(
     logits: Tensor, target: Tensor, options: Options, temperature: float, log_prob: Tensor, entropy: Tensor,
     is_top1: Tensor, statistics: Tensor,
 ) -> None:  # fmt: skip
-    """Write what forward returns, (M,) each, and the m, a and gap of every row, (M, 3), contiguous.
+    """Write what forward returns, (M,) each, and the m, a, gap and log_prob of every row, (M, 4), contiguous.
 
     logits: (M, V), rows any stride apart. Of `options`, label_smoothing and z_loss have no meaning here.
     """
