@@ -21,7 +21,7 @@ from packaging.version import Version
 import liger
 import rotary_in_own_dtype
 from liger.layers import Stock
-from try_kernels import Findings, expression, find
+from try_kernels import Findings, RefusalError, expression, find
 
 PYPROJECT = """\
 [build-system]
@@ -185,8 +185,9 @@ def write(found: Findings, folder: Path) -> None:
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")
+    # As the package's own settings will have it, and not those of the project that it is written from.
     for command in (["check", "--quiet", "--select", "I", "--fix"], ["format", "--quiet", "--line-length", "120"]):
-        subprocess.run([sys.executable, "-m", "ruff", *command, str(folder)], check=True)
+        subprocess.run([sys.executable, "-m", "ruff", *command, "--isolated"], cwd=folder, check=True)
 
 
 def main() -> None:
@@ -210,9 +211,13 @@ def main() -> None:
         parser.error(
             f"transformers {version('transformers')} has no transformers.models.{given.model}.modeling_{given.model}"
         )
-    found = find(modeling, options)
+    try:
+        found = find(modeling, options)
+    except RefusalError as error:
+        parser.error(str(error))
     write(found, folder)
-    print(f"{folder}: {', '.join([*found.adapter.modules, *found.adapter.functions])}, and {found.adapter.head}")
+    head = expression(found.adapter.head) if found.adapter.head else "no head"
+    print(f"{folder}: {', '.join([*found.adapter.modules, *found.adapter.functions])}, and {head}")
     print("\n".join(["Left to transformers:", *(list(left_out(found)) or ["nothing"])]))
     print(f"Next: cd {folder} && python -m pip install -e '.[testing]' && python -m pytest")
 

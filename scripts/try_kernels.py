@@ -41,6 +41,10 @@ SIZES = {"num_experts": 4, "num_local_experts": 4, "n_routed_experts": 4, "num_e
 OTHER = "computes what no layer of liger.layers does"
 
 
+class RefusalError(Exception):
+    """Why nothing can be tried on a model."""
+
+
 @dataclass
 class Findings:
     """What was found out of one model: the adapter, and what its test's config must say."""
@@ -60,18 +64,22 @@ def find(modeling: ModuleType, options: dict[str, Any]) -> Findings:
         options: what its config must be given beside `liger.testing.TINY`.
 
     Raises:
-        LookupError: the module has no such class.
+        RefusalError: the module has no such class, or it does not run at these sizes.
     """
     names = [name for name in modeling.__all__ if name.endswith("ForCausalLM")]
     if not names:
-        raise LookupError(f"{modeling.__name__} has no class …ForCausalLM, only {', '.join(modeling.__all__)}")
+        raise RefusalError(f"{modeling.__name__} has no class …ForCausalLM, only {', '.join(modeling.__all__)}")
     cls = getattr(modeling, names[0])
     known = vars(cls.config_class())
-    options = {**{name: size for name, size in SIZES.items() if name in known}, **_loud(cls, known), **options}
+    drops = [name for name, value in known.items() if isinstance(value, float) and re.search("dropout|pdrop", name)]
+    calm = {name: 0.0 for name in drops if known[name]}
+    sizes = {name: size for name, size in SIZES.items() if name in known}
+    options = {**sizes, **_loud(cls, known), **calm, **options}
     found = Findings(Adapter(modeling.__name__), names[0], cls.config_class.__name__, options)
-    config = cls.config_class(**{**TINY, **options})
-    models = [build(cls, config, CPU, dtype) for dtype in (torch.float32, torch.bfloat16)]
-    layers = {name: _layer(cls, models) for name, cls in _classes(modeling, models[0])}
+    models = _models(cls, options)
+    # A layer that leaves out a module's dropout must not pass for the module.
+    dropping = _models(cls, {**options, **dict.fromkeys(drops, 0.5)})
+    layers = {name: _layer(cls, dropping) for name, cls in _classes(modeling, models[0])}
     modules = {name: layer for name, layer in layers.items() if layer is not None}
     functions = {name: _rotary(modeling, name, models) for name in _rotary_names(modeling, models[0])}
     found.adapter = replace(found.adapter, modules=modules, functions=functions)
@@ -82,10 +90,24 @@ def find(modeling: ModuleType, options: dict[str, Any]) -> Findings:
     return found
 
 
+def _models(cls: Any, options: dict[str, Any]) -> list[Any]:
+    """A tiny model in fp32 and in bf16."""
+    try:
+        config = cls.config_class(**{**TINY, **options})
+        models = [build(cls, config, CPU, dtype) for dtype in (torch.float32, torch.bfloat16)]
+        models[0](**batch(TINY["vocab_size"], CPU))
+    except Exception as error:  # of transformers: each model has its own demands on its sizes
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        message = f"a {cls.__name__} of liger.testing.TINY and {options} does not run: {reason}"
+        raise RefusalError(f"{message}; --set gives its config what it needs (head_dim=12, say)") from error
+    return models
+
+
 def _loud(cls: type[nn.Module], known: dict[str, Any]) -> dict[str, Any]:
-    """Values at which the epsilons, and every number that the model's own class reads, are seen in the loss."""
+    """Values, no two alike, at which every number that the model's own class reads, and the epsilons, are seen."""
     read = set(re.findall(r"\.(\w+)", inspect.getsource(cls))) & known.keys()
-    loud = {name: 3.0 for name in sorted(read) if isinstance(known[name], float) or "softcap" in name}
+    numbers = [name for name in sorted(read) if isinstance(known[name], float) or "softcap" in name]
+    loud = {name: 3.0 + place / 2 for place, name in enumerate(numbers)}
     return loud | {name: 1e-3 for name in known if re.fullmatch(r"\w*norm\w*_eps(ilon)?", name)}
 
 

@@ -102,6 +102,20 @@ def test_what_no_kernel_computes_is_named_with_the_reason():
     assert "'CohereLayerNorm': 'computes what no layer" in test
 
 
+def test_two_numbers_of_a_model_are_not_taken_for_each_other():
+    """A mixture of experts has the weight of its auxiliary loss too."""
+    moe = found("granitemoe")
+    assert moe.adapter.heads[0].logit_divisor == "logits_scaling"
+    assert moe.options["router_aux_loss_coef"] != moe.options["logits_scaling"]
+
+
+def test_a_layer_that_leaves_out_the_dropout_does_not_pass_for_the_mlp():
+    seed_oss = found("seed_oss")
+    assert isinstance(seed_oss.adapter.modules["SeedOssMLP"], Stock)
+    assert seed_oss.adapter.heads, "the dropout in attention does not hide what the loss is"
+    assert seed_oss.options["residual_dropout"] == 0.0, "or the contract compares random numbers"
+
+
 def test_a_loss_that_no_head_computes_is_left_alone(monkeypatch):
     """Arithmetic on the logits that changes nothing here: with other weights it might, so it is not taken."""
     from transformers.models.granite import modeling_granite
@@ -123,6 +137,8 @@ def test_a_loss_that_no_head_computes_is_left_alone(monkeypatch):
     [
         ("llama", "liger-llama, which is installed, has an adapter for it"),
         ("no_such", "has no transformers.models.no_such.modeling_no_such"),
+        ("gpt2", "has no class …ForCausalLM, only GPT2DoubleHeadsModel, "),
+        ("helium", "does not run: RuntimeError: mat1 and mat2 shapes cannot be multiplied"),
     ],
 )
 def test_what_cannot_be_written_is_said(model, said, tmp_path, monkeypatch, capsys):
