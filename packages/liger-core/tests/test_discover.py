@@ -9,8 +9,9 @@ import pytest
 import torch
 import transformers
 from torch import nn
-from transformers import LlamaConfig, PhiConfig
+from transformers import LlamaConfig, Olmo2Config, PhiConfig
 from transformers.models.llama.modeling_llama import LlamaModel
+from transformers.models.olmo2.modeling_olmo2 import Olmo2Model
 from transformers.models.phi.modeling_phi import PhiModel
 
 import liger
@@ -45,12 +46,20 @@ def llama_model():
 
 
 def test_no_adapter_names_what_is_installed_and_what_to_install(install, llama_model):
-    install(entry("phi3", "liger-phi"))
+    install(entry("phi3", "liger-phi"), entry("gemma", "liger-gemma"), entry("phi", "liger-phi"))
     with pytest.raises(liger.NoAdapterError) as error:
         liger.apply(llama_model)
-    assert "no adapter for LlamaModel (made of llama)" in str(error.value)
-    assert "phi3 (liger-phi 1.2.3)" in str(error.value)
-    assert "pip install liger-llama" in str(error.value)
+    assert str(error.value) == (
+        "no adapter for LlamaModel (made of llama); installed adapters: liger-gemma 1.2.3 (gemma), "
+        "liger-phi 1.2.3 (phi, phi3); try: pip install liger-llama"
+    )
+
+
+def test_for_a_model_of_no_family_the_guide_is_named(install):
+    install()
+    with pytest.raises(liger.NoAdapterError, match=r"\(made of olmo2\).*: none; how to write one: (.+)#(.+)") as error:
+        liger.apply(Olmo2Model(Olmo2Config(**TINY)))
+    assert discover._GUIDE in str(error.value)
 
 
 def test_a_model_that_is_not_of_transformers(install):

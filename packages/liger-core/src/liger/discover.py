@@ -22,6 +22,7 @@ _FAMILIES = {  # a word in the model package's name → the distribution that se
     r"qwen": "liger-qwen",
     r"phi": "liger-phi",
 }
+_GUIDE = "https://github.com/liger-project/liger/blob/main/CONTRIBUTING.md#adding-a-model-family"
 
 
 class NoAdapterError(LookupError):
@@ -130,11 +131,14 @@ def adapters_for(model: nn.Module) -> list[Adapter]:
 
 def _no_adapter(model: nn.Module, packages: list[str], installed: dict[str, InstalledAdapter]) -> str:
     name = type(model).__name__
-    have = ", ".join(f"{key} ({a.distribution} {a.version})" for key, a in sorted(installed.items())) or "none"
+    keys: dict[str, list[str]] = {}
+    for key, a in sorted(installed.items()):
+        keys.setdefault(f"{a.distribution} {a.version}", []).append(key)
+    have = ", ".join(f"{distribution} ({', '.join(has)})" for distribution, has in sorted(keys.items())) or "none"
     if not packages:
         return f"{name} holds no module of a transformers model; installed adapters: {have}"
     hints = {distribution for key in packages for word, distribution in _FAMILIES.items() if re.search(word, key)} - {
         a.distribution for a in installed.values()
     }
-    hint = f"; try: pip install {' '.join(sorted(hints))}" if hints else ""
+    hint = f"; try: pip install {' '.join(sorted(hints))}" if hints else f"; how to write one: {_GUIDE}"
     return f"no adapter for {name} (made of {', '.join(packages)}); installed adapters: {have}{hint}"
