@@ -41,7 +41,7 @@ def main() -> None:
             "from importlib.metadata import version; print('the families with transformers', version('transformers'))"
         )
         subprocess.run([str(python), "-c", version], check=True)
-        plugin = ["-p", "liger.testing.plugin", "--import-mode=importlib", "-q", "--tb=line"]
+        plugin = ["-p", "liger.testing.plugin", "--import-mode=importlib", "-q", "--tb=line", "--rootdir", str(dist)]
         workers = ["-n", os.environ.get("LIGER_TEST_WORKERS", "auto")]
         of_families = [str(path) for path in tests if "liger_core" not in path.parent.name]
         command = [str(python), "-m", "pytest", *plugin, *workers, *for_pytest, *of_families]

@@ -9,7 +9,7 @@ from clone import Clone
 
 def test_an_adapter_that_broke_is_named_with_its_tests(tmp_path):
     clone = Clone(tmp_path)
-    clone.keep("liger-core", "liger-phi")
+    clone.keep("liger-core", "liger-llama", "liger-phi")
     adapters = clone.folder / "packages/liger-phi/src/liger_phi/__init__.py"
     sound = adapters.read_text("utf-8")
     assert '"Phi3MLP"' in sound
@@ -21,3 +21,4 @@ def test_an_adapter_that_broke_is_named_with_its_tests(tmp_path):
     (at,) = (n for n, line in enumerate(lines) if line.startswith("adapter phi3 on transformers"))
     assert "test_every_target_is_found_and_used: AttributeError: adapter phi3 names Phi3GatedMLP" in lines[at + 1]
     assert not [line for line in lines if line.startswith(("adapter phi on", "adapter phimoe"))]
+    assert "FAILED liger_phi-0.1.0/tests/test_phi3.py::TestPhi3::test_every_target_is_found_and_used" in said
