@@ -21,7 +21,10 @@ from unittest import SkipTest
 
 import pytest
 
-MODULES = ("data_parallel", "trainers", "logits_read", "context_parallel", "vocab_parallel", "tensor_parallel")
+MODULES = (
+    *("data_parallel", "hand_written", "trainers", "logits_read", "context_parallel", "vocab_parallel"),
+    "tensor_parallel",
+)
 PASSED, SKIPPED = "passed", "skipped: "
 WORLD = int(os.environ.get("WORLD_SIZE", "2"))
 RANK = int(os.environ.get("RANK", "0"))
