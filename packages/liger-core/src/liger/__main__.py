@@ -11,8 +11,8 @@ from liger.cli.answer import Answer, RefusalError, show, show_json
 _STATUS = """\
 exit status:
   0  report: all fits together; explain: an adapter knows the model; bench: all was measured
-  1  report: an adapter cannot be used, or a kernel fails; explain: no adapter can be used for the model;
-     bench: something that was measured fails
+  1  report: a version is out of range, an adapter cannot be used, or a kernel fails;
+     explain: no adapter can be used for the model; bench: something that was measured fails
   2  asked wrongly: an unknown argument, a config that cannot be read or built, no GPU for bench
 """
 

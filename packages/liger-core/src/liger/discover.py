@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from packaging.requirements import Requirement
@@ -49,18 +50,7 @@ class InstalledAdapter:
 
     def out_of_range(self) -> list[str]:
         """Each requirement of the distribution that the installed packages do not meet, in words."""
-        unmet = []
-        for requirement in map(Requirement, self.requires):
-            if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
-                continue
-            try:
-                installed = importlib.metadata.version(requirement.name)
-            except importlib.metadata.PackageNotFoundError:
-                unmet.append(f"requires {requirement}, which is not installed")
-                continue
-            if not requirement.specifier.contains(Version(installed), prereleases=True):
-                unmet.append(f"requires {requirement}, but {requirement.name} {installed} is installed")
-        return unmet
+        return unmet(self.requires)
 
     def load(self) -> Adapter:
         """Import the adapter.
@@ -69,9 +59,9 @@ class InstalledAdapter:
             VersionRangeError: a requirement of its distribution is not met.
             TypeError: the entry point does not lead to an Adapter of that key.
         """
-        unmet = self.out_of_range()
-        if unmet:
-            raise VersionRangeError(f"{self.distribution} {self.version} {'; '.join(unmet)}")
+        out = self.out_of_range()
+        if out:
+            raise VersionRangeError(f"{self.distribution} {self.version} {'; '.join(out)}")
         adapter = self.entry_point.load()
         if not isinstance(adapter, Adapter) or adapter.key != self.key:
             raise TypeError(
@@ -79,6 +69,22 @@ class InstalledAdapter:
                 f"transformers.models.{self.key}, not {adapter!r}"
             )
         return adapter
+
+
+def unmet(requirements: Iterable[str]) -> list[str]:
+    """Each requirement of a distribution, but for those of its extras, that the installed packages do not meet."""
+    said = []
+    for requirement in map(Requirement, requirements):
+        if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
+            continue
+        try:
+            installed = importlib.metadata.version(requirement.name)
+        except importlib.metadata.PackageNotFoundError:
+            said.append(f"requires {requirement}, which is not installed")
+            continue
+        if not requirement.specifier.contains(Version(installed), prereleases=True):
+            said.append(f"requires {requirement}, but {requirement.name} {installed} is installed")
+    return said
 
 
 def adapters() -> dict[str, InstalledAdapter]:

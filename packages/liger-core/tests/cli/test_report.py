@@ -156,6 +156,16 @@ def test_adapters_that_cannot_be_used_have_the_reason_and_the_others_go_on(llama
     assert "- liger-qwen 1.2.3, qwen2: ImportError: no module named x" in page
 
 
+def test_what_the_core_itself_requires_is_looked_at_too(llama, document, run, monkeypatch):
+    required = ["torch>=99", "triton>=3; sys_platform == 'nowhere'", "rich>=99; extra == 'cli'"]
+    monkeypatch.setattr(importlib.metadata, "requires", lambda name: required if name == "liger-core" else [])
+    status, found = document()
+    assert status == 1
+    version, torchs = (importlib.metadata.version(name) for name in ("liger-core", "torch"))
+    assert found["problems"] == [f"liger-core {version} requires torch>=99, but torch {torchs} is installed"]
+    assert f"- {found['problems'][0]}" in run()[1]
+
+
 def test_two_packages_that_claim_one_model_are_a_problem_of_the_report(llama, install, document):
     install(("llama", "liger-llama", llama), ("llama", "other-llama", llama))
     status, found = document()

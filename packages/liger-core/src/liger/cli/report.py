@@ -20,7 +20,7 @@ import liger
 from liger.adapter import Adapter
 from liger.cli.answer import Answer, Table
 from liger.cli.hardware import driver_version, gpus, ops_run
-from liger.discover import InstalledAdapter
+from liger.discover import InstalledAdapter, unmet
 from liger.ops import rms_norm
 from liger.ops.rms_norm import reference
 
@@ -32,10 +32,11 @@ _VARIABLES = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "LIGER_DISABLE", "T
 
 
 def report() -> Answer:
-    """The report. Its exit status is 1 where an adapter cannot be used or a kernel fails."""
+    """The report. Its exit status is 1 where a version is out of range, an adapter cannot be used or a kernel fails."""
     what, because = ops_run()
     trial = _trial() if what == "kernels" else None
-    problems = [] if trial in (None, "passed") else [f"a kernel fails: {trial}"]
+    problems = _core_out_of_range()
+    problems += [] if trial in (None, "passed") else [f"a kernel fails: {trial}"]
     try:
         installed = liger.adapters()
     except liger.AdapterConflictError as error:
@@ -57,6 +58,15 @@ def report() -> Answer:
         "problems": problems,
     }
     return Answer("report", data, _page(data), status=1 if problems else 0)
+
+
+def _core_out_of_range() -> list[str]:
+    """What of liger-core's own requirements is not met: as a source tree on Python's path it has none."""
+    try:
+        requirements = importlib.metadata.requires("liger-core") or ()
+    except importlib.metadata.PackageNotFoundError:
+        return []
+    return [f"liger-core {_version('liger-core')} {said}" for said in unmet(requirements)]
 
 
 def versions() -> dict[str, str | None]:
