@@ -156,6 +156,12 @@ def test_troubleshooting_quotes_what_the_code_says():
         assert is_said or hasattr(liger, quote), f"the code says nothing like {quote!r}"
 
 
+def test_each_op_is_derived_on_a_page():
+    pages = "\n".join(path.read_text("utf-8") for path in ROOT.glob("docs/how/*.md"))
+    shown = set(re.findall(r"automodule:: (liger\.ops\.\w+)", pages))
+    assert not {name for name in liger.ops.__all__ if getattr(liger.ops, name).__module__ not in shown}
+
+
 def test_every_picture_of_the_benchmarks_is_shown():
     shown = (ROOT / "docs/benchmarks.md").read_text("utf-8")
     missing = [path.name for path in ROOT.glob("benchmarks/results/*.png") if path.name not in shown]
