@@ -115,8 +115,7 @@ def test_angles_of_one_batch_or_of_each(device, path, batch):
 
 
 def test_more_heads_than_a_program_works_on_at_once(device, path, monkeypatch):
-    monkeypatch.setattr(kernels, "_FORWARD_TILE", 32)
-    monkeypatch.setattr(kernels, "_BACKWARD_TILE", 32)
+    monkeypatch.setattr(kernels, "_TILE", 32)
     check(make(device, heads=(5, 3), width=12))
 
 

@@ -91,7 +91,7 @@ def test_heads_in_the_second_or_third_dimension(device, path):
 
 
 def test_more_heads_than_a_program_rotates_at_once(device, path, monkeypatch):
-    monkeypatch.setattr(rotary_module, "_TILE", 16)
+    monkeypatch.setattr(rotary_module, "_tile", lambda _: (16, 16))
     q, k = (token_major(2, n, 3, 16, torch.float32, device) for n in (5, 3))
     check(q, k, *angles(2, 3, 12, torch.float32, device))
 

@@ -15,7 +15,7 @@ from liger.ops.launch import jit, launch, next_power_of_2, sm_count, tl
 from liger.ops.rms_norm import Cast
 
 MAX_COLUMNS = 1024
-_FORWARD_TILE, _BACKWARD_TILE = 4096, 2048  # elements worked on at once; more heads than that go in turns
+_TILE = 2048  # elements that a program works on at once; more heads than that go in turns
 
 
 @jit(varying=())
@@ -178,8 +178,8 @@ def _backward_kernel(
             tl.store(dw + COLUMNS, tl.sum(dw2_sum, axis=0), mask=column < COLUMNS)
 
 
-def _heads_at_once(heads: int, block_columns: int, tile: int) -> int:
-    return min(next_power_of_2(max(heads, 1)), max(1, tile // block_columns))
+def _heads_at_once(heads: int, block_columns: int) -> int:
+    return min(next_power_of_2(max(heads, 1)), max(1, _TILE // block_columns))
 
 
 def _empty_out(x: Tensor, weight: Tensor | None, cos: Tensor, cast: Cast, head_dim: int) -> Tensor:
@@ -196,14 +196,14 @@ def launch_forward(
     shape = q.shape
     tokens, q_heads, k_heads, columns = shape[3 - head_dim], shape[head_dim], k.shape[head_dim], shape[3]
     block_columns = next_power_of_2(columns)
-    block_q = _heads_at_once(q_heads, block_columns, _FORWARD_TILE)
+    block_q = _heads_at_once(q_heads, block_columns)
     if shape[0] * tokens:
         launch(
             _forward_kernel, (shape[0] * tokens,), q, k, q_out, k_out, q_weight, k_weight, cos, sin, tokens,
             *strides_of_heads(q, head_dim), *strides_of_heads(k, head_dim), *strides_of_angles(cos), eps,
             OFFSET=offset, LLAMA=cast == "llama", Q_HEADS=q_heads, K_HEADS=k_heads, COLUMNS=columns,
-            ROTATED=cos.shape[2], BLOCK_Q=block_q, BLOCK_K=_heads_at_once(k_heads, block_columns, _FORWARD_TILE),
-            BLOCK_COLUMNS=block_columns, num_warps=min(max(block_q * block_columns // 512, 1), 8),
+            ROTATED=cos.shape[2], BLOCK_Q=block_q, BLOCK_K=_heads_at_once(k_heads, block_columns),
+            BLOCK_COLUMNS=block_columns, num_warps=max(block_q * block_columns // 1024, 1),
         )  # fmt: skip
     return q_out, k_out
 
@@ -224,7 +224,7 @@ def launch_backward(
     heads, blocks, strides, waiting = [], [], [], 0
     for dy, x, _, _ in parts:
         count = x.shape[head_dim]
-        block = _heads_at_once(count, block_columns, _BACKWARD_TILE)
+        block = _heads_at_once(count, block_columns)
         heads.append(count)
         blocks.append(block)
         strides += [*strides_of_heads(dy, head_dim), *strides_of_heads(x, head_dim)]
@@ -245,7 +245,7 @@ def launch_backward(
             OFFSET=offset, NEEDS_DW=needs_dw, HEADS1=heads[0], HEADS2=heads[1], COLUMNS=columns,
             ROTATED=cos.shape[2], BLOCK1=blocks[0], BLOCK2=blocks[1], BLOCK_COLUMNS=block_columns,
             STAGES=min(3, 1 + 100 * 1024 // max(waiting, 1)) if needs_dw else 1,
-            num_warps=min(max(blocks[0] * block_columns // 256, 1), 8),
+            num_warps=max(blocks[0] * block_columns // (256 if block_columns <= 128 else 512), 1),
         )  # fmt: skip
     if dw is None:
         return []

@@ -35,8 +35,6 @@ from liger.ops.launch import jit, launch, next_power_of_2, runs_kernels, tl
 from liger.ops.named import named
 from liger.ops.once_differentiable import once_differentiable
 
-_TILE = 2048  # elements of each half that a program rotates at once; more heads than that go in turns
-
 
 def reference(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> tuple[Tensor, Tensor]:
     """`rotary` in plain torch: the specification, and what devices without Triton run."""
@@ -118,6 +116,11 @@ def _rotate_kernel(
         )  # fmt: skip
 
 
+def _tile(block_half: int) -> tuple[int, int]:
+    """Elements of each half that a program rotates at once, and those of a warp; more heads than that go in turns."""
+    return (2048, 512) if block_half <= 64 else (1024, 128)
+
+
 def _launch(
     q: Tensor, q_out: Tensor, k: Tensor | None, k_out: Tensor | None, cos: Tensor, sin: Tensor, head_dim: int,
     transposed: bool,
@@ -130,7 +133,8 @@ def _launch(
     half = cos.shape[-1] // 2
     rest = shape[3] - 2 * half
     block_half = next_power_of_2(half)
-    most_heads = max(1, _TILE // block_half)
+    at_once, of_a_warp = _tile(block_half)
+    most_heads = max(1, at_once // block_half)
     block_q = min(next_power_of_2(max(q_heads, 1)), most_heads)
     k_strides: tuple[int, ...] = (0,) * 6
     if k is not None and k_out is not None:
@@ -141,7 +145,7 @@ def _launch(
         TRANSPOSED=transposed, Q_HEADS=q_heads, K_HEADS=k_heads, HALF=half, REST=rest,
         BLOCK_Q=block_q, BLOCK_K=min(next_power_of_2(max(k_heads, 1)), most_heads), BLOCK_HALF=block_half,
         BLOCK_REST=next_power_of_2(max(rest, 1)),
-        num_warps=min(max(block_q * block_half // (512 if block_half <= 64 else 256), 1), 8),
+        num_warps=min(max(block_q * block_half // of_a_warp, 1), 8),
     )  # fmt: skip
 
 
