@@ -59,6 +59,15 @@ def test_backward_twice(pair, inputs):
         torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-6)
 
 
+def test_a_gradient_penalty_is_refused_not_left_out(pair, inputs):
+    """Its gradient would reach the head through what backward computes, which has no derivative."""
+    embedded = pair[1].model.embed_tokens(inputs["input_ids"])
+    loss = pair[1](inputs_embeds=embedded, labels=inputs["labels"]).loss
+    (gradient,) = torch.autograd.grad(loss, embedded, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        (loss + gradient.square().sum()).backward()
+
+
 @pytest.mark.parametrize("bias", [False, True], ids=["no bias", "bias"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("items", [None, torch.tensor(11)], ids=["mean", "items"])

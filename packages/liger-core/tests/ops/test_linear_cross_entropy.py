@@ -314,6 +314,14 @@ def test_two_backwards_accumulate_into_grad(device, path):
     torch.testing.assert_close(weight.grad, 2 * once)
 
 
+def test_a_gradient_penalty_is_refused_not_left_out(device, path):
+    x, weight, bias, target = some(3, 8, 20, device)
+    loss = linear_cross_entropy(x.requires_grad_(), weight, target, linear_bias=bias)
+    (dx,) = torch.autograd.grad(loss, x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        (loss + dx.square().sum()).backward()
+
+
 @pytest.mark.parametrize("accum_dtype", [None, torch.float32], ids=str)
 def test_error_of_the_weights_gradient_does_not_grow_with_chunks(device, path, chunk_rows, accum_dtype):
     """In bf16 up to 8 chunks, in fp32 beyond, unless fp32 is asked for."""

@@ -33,9 +33,10 @@ def test_the_first_derivative_is_computed_without_gradients(create_graph):
     assert graphs == [False]
 
 
-def test_the_second_derivative_is_refused():
+@pytest.mark.parametrize("after", [torch.exp, torch.clone], ids=["upstream with a graph", "constant upstream"])
+def test_the_second_derivative_is_refused(after):
     x = torch.tensor(3.0, requires_grad=True)
-    y = torch.exp(Square.apply(x))
+    y = after(Square.apply(x))
     (dx,) = torch.autograd.grad(y, x, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
-        dx.backward()
+        (y + dx.square()).backward()  # a gradient penalty

@@ -20,7 +20,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from liger.ops.cross_entropy import Reduction, check_arguments, check_labels, divisor, reduced
 from liger.ops.linear_chunks import (
@@ -34,6 +33,7 @@ from liger.ops.linear_chunks import (
 )
 from liger.ops.loss_rows import Options, fill_rows
 from liger.ops.named import named
+from liger.ops.once_differentiable import once_differentiable
 from liger.ops.upstream_scale import early_and_late, scaled
 
 

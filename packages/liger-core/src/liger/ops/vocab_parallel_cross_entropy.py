@@ -22,7 +22,6 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from liger.ops.cross_entropy import check_arguments, check_labels, divisor, reduced
 from liger.ops.linear_chunks import (
@@ -36,6 +35,7 @@ from liger.ops.linear_chunks import (
 )
 from liger.ops.loss_rows import Options, fill_rows
 from liger.ops.named import named
+from liger.ops.once_differentiable import once_differentiable
 from liger.ops.upstream_scale import early_and_late, scaled
 
 _IGNORED = -1  # in a rank's own numbering of the labels, whatever `ignore_index` is
