@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import functools
 import logging
+import types
 
 import pytest
 import torch
@@ -110,11 +112,19 @@ def test_a_norm_with_a_parameter_more(model):
     assert reasons(apply(model)) == {"has parameters that RMSNorm does not know: bias"}
 
 
-def test_a_forward_on_the_instance_is_kept(model):
+def zeros(module, x):
+    return x * 0
+
+
+@pytest.mark.parametrize(
+    "bind", [types.MethodType, lambda f, module: functools.partial(f, module)], ids=["method", "partial"]
+)
+def test_a_forward_on_the_instance_is_kept(model, bind):
     norm = model.model.norm
-    norm.forward = lambda x: x * 0
-    patch = apply(model)
-    assert [(d.name, d.reason) for d in patch.declined] == [("model.norm", "its forward was replaced on the instance")]
+    norm.forward = bind(zeros, norm)
+    (declined,) = apply(model).declined
+    assert declined.name == "model.norm"
+    assert declined.reason == f"its forward was replaced on the instance by {__name__}.zeros"
     assert not norm(torch.ones(1, 48)).any()
 
 

@@ -6,9 +6,10 @@ function or a whole class of transformers for every model of the process.
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable
-from types import FunctionType
+from types import FunctionType, MethodType
 from typing import Any
 
 from torch import nn
@@ -19,7 +20,7 @@ from liger.subclass import Swappable
 def foreign_method(module: nn.Module, cls: type[nn.Module], method: str) -> str | None:
     """Why the `method` that `module` runs is not the one that `cls` was known by, or None."""
     if method in vars(module):
-        return f"its {method} was replaced on the instance"
+        return f"its {method} was replaced on the instance by {_described(vars(module)[method])}"
     definer = next((c for c in type(module).__mro__ if method in vars(c)), None)
     if definer is None or issubclass(definer, Swappable):
         return None
@@ -31,11 +32,9 @@ def foreign_method(module: nn.Module, cls: type[nn.Module], method: str) -> str 
 def foreign_forward(cls: type, method: str = "forward") -> str | None:
     """Why the `method` that `cls` itself has is not the one that it was written with, or None."""
     function: Any = vars(cls)[method]
-    # Where it was defined, whatever functools.wraps has made it say: a wrapper is code that a kernel would leave out.
-    defined_in = getattr(function, "__globals__", {}).get("__name__") or type(function).__module__
-    if _package(defined_in) in (_package(cls.__module__), "torch"):
+    if _package(_defined_in(function)) in (_package(cls.__module__), "torch"):
         return None
-    return f"{cls.__qualname__}.{method} was replaced by {_described(function, defined_in)}"
+    return f"{cls.__qualname__}.{method} was replaced by {_described(function)}"
 
 
 def foreign_class(cls: type, name: str, modeling: str) -> str | None:
@@ -59,5 +58,12 @@ def _package(module: str) -> str:
     return module.partition(".")[0]
 
 
-def _described(function: Any, defined_in: str) -> str:
-    return f"{defined_in}.{getattr(function, '__qualname__', type(function).__qualname__)}"
+def _defined_in(function: Any) -> str:
+    """Where, whatever functools.wraps has made it say: a wrapper is code that a kernel would leave out."""
+    return getattr(function, "__globals__", {}).get("__name__") or type(function).__module__
+
+
+def _described(function: Any) -> str:
+    while isinstance(function, (functools.partial, MethodType)):
+        function = function.func if isinstance(function, functools.partial) else function.__func__
+    return f"{_defined_in(function)}.{getattr(function, '__qualname__', type(function).__qualname__)}"
