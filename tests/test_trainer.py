@@ -8,6 +8,7 @@ import shutil
 import pytest
 import torch
 from torch import nn
+from transformers import DataCollatorWithFlattening
 
 import liger
 from liger.lazy_logits import LazyLogits
@@ -63,6 +64,7 @@ def test_eight_batches_of_one_train_as_one_batch_of_eight(device, tmp_path, adap
 CHECKPOINTED = {"gradient_checkpointing": True}
 
 
+@pytest.mark.filterwarnings("error:liger")  # which says where the fused loss does not run
 @pytest.mark.parametrize(
     "options",
     [
@@ -72,6 +74,8 @@ CHECKPOINTED = {"gradient_checkpointing": True}
         {**CHECKPOINTED, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
         {**CHECKPOINTED, "bf16": True, "gradient_accumulation_steps": 2},
         {"bf16": True},
+        {"include_num_input_tokens_seen": "all", "train_sampling_strategy": "group_by_length"},
+        {"collator": DataCollatorWithFlattening(return_flash_attn_kwargs=True)},
         pytest.param({"fp16": True}, marks=pytest.mark.gpu),  # accelerate has no fp16 on the CPU
     ],
     ids=str,
@@ -80,6 +84,23 @@ def test_options_of_the_trainer(device, tmp_path, reads, fresh_accelerate, optio
     stock, patched = (logged(model, tmp_path, **options) for model in stock_and_patched(device))
     tolerance = 2e-2 if {"bf16", "fp16"} & options.keys() else 1e-4
     torch.testing.assert_close(patched, stock, rtol=tolerance, atol=tolerance)
+    assert not reads
+
+
+def test_a_batch_that_runs_out_of_memory_is_made_smaller(device, tmp_path, reads, fresh_accelerate):
+    """By `auto_find_batch_size`, which begins anew with the model that the failed forward has left."""
+    runs = []
+    for model in stock_and_patched(device):
+
+        def has_no_room(_, inputs):
+            if len(inputs[0]) > 4:
+                raise RuntimeError("CUDA out of memory.")
+
+        model.model.norm.register_forward_pre_hook(has_no_room)
+        runs.append(trainer(model, tmp_path, max_steps=3, per_device_train_batch_size=8, auto_find_batch_size=True))
+        runs[-1].train()
+    assert runs[1].state.train_batch_size == runs[0].state.train_batch_size <= 4
+    torch.testing.assert_close(losses_and_norms(runs[1]), losses_and_norms(runs[0]), rtol=1e-4, atol=1e-4)
     assert not reads
 
 

@@ -46,7 +46,7 @@ def samples(count=32, length=10):
     return [{"input_ids": row, "labels": label} for row, label in zip(ids, labels, strict=True)]
 
 
-def trainer(model, tmp_path, *, metrics=None, preprocess=None, model_init=None, **options):
+def trainer(model, tmp_path, *, metrics=None, preprocess=None, model_init=None, collator=None, **options):
     arguments = TrainingArguments(output_dir=str(tmp_path), **{**OPTIONS, **options})
     return Trainer(
         model,
@@ -54,6 +54,7 @@ def trainer(model, tmp_path, *, metrics=None, preprocess=None, model_init=None, 
         train_dataset=samples(),
         eval_dataset=samples(12),
         model_init=model_init,
+        data_collator=collator,
         compute_metrics=metrics,
         preprocess_logits_for_metrics=preprocess,
     )
