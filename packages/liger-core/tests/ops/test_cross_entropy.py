@@ -296,6 +296,12 @@ def test_label_out_of_range_is_named_on_the_cpu(path, label):
         (torch.ones(2, dtype=torch.int64), {"denominator": torch.ones(2)}, ValueError, "expected one number"),
         (torch.ones(2, dtype=torch.int64), {"softcap": 0.0}, ValueError, "softcap must be positive"),
         (torch.ones(2, dtype=torch.int64), {"label_smoothing": 1.5}, ValueError, "label_smoothing must be"),
+        (
+            torch.ones(2, dtype=torch.int64),
+            {"logit_scale": torch.tensor(2.0, requires_grad=True)},
+            ValueError,
+            "logit_scale requires a gradient and would get none",
+        ),
     ],
 )
 def test_bad_input_is_named(target, options, error, message):

@@ -453,6 +453,10 @@ class DTensorLike(torch.Tensor):
         ({"target": torch.zeros(3, dtype=torch.int64)}, ValueError, r"target has shape \(3,\), expected \(2,\)"),
         ({"accum_dtype": torch.float16}, ValueError, "accum_dtype must be None, torch.float32"),
         ({"reduction": "none", "denominator": 3}, ValueError, "reduction is 'none'"),
+        *(
+            ({name: torch.tensor(0.5, requires_grad=True)}, ValueError, f"{name} requires a gradient")
+            for name in ("logit_scale", "softcap", "z_loss", "label_smoothing", "denominator")
+        ),
     ],
 )
 def test_bad_input_is_named(changed, error, message):

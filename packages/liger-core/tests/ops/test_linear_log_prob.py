@@ -412,6 +412,8 @@ def test_label_out_of_range_is_named_on_the_cpu(path, label):
         ({"target": torch.zeros(2)}, TypeError, "target must be int64 or int32"),
         ({"temperature": 0.0}, ValueError, "temperature must be positive, not 0.0"),
         ({"softcap": 0.0}, ValueError, "softcap must be positive or None"),
+        ({"temperature": torch.tensor(2.0, requires_grad=True)}, ValueError, "temperature requires a gradient"),
+        ({"logit_scale": torch.tensor(2.0, requires_grad=True)}, ValueError, "logit_scale requires a gradient"),
     ],
 )
 def test_bad_input_is_named(changed, error, message):

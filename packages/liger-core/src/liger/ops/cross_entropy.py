@@ -114,6 +114,31 @@ def check_labels(op: str, target: Tensor, classes: int, ignore_index: int) -> No
         raise IndexError(f"{op}: label {value} is out of range: expected 0 to {classes - 1}, or {ignore_index}")
 
 
+def constant(op: str, name: str, value: float) -> float:
+    """`value` as a float; refuses a tensor that waits for a gradient, which would train as if it were frozen."""
+    if isinstance(value, Tensor) and value.requires_grad:
+        raise ValueError(f"{op}: {name} requires a gradient and would get none: it is a constant here")
+    return float(value)
+
+
+def checked_options(
+    op: str,
+    ignore_index: int,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+) -> Options:
+    """The options of an op's call, as plain numbers."""
+    return Options(
+        ignore_index,
+        constant(op, "label_smoothing", label_smoothing),
+        constant(op, "z_loss", z_loss),
+        None if softcap is None else constant(op, "softcap", softcap),
+        constant(op, "logit_scale", logit_scale),
+    )
+
+
 def check_arguments(
     op: str, target: Tensor, like: Tensor, options: Options, reduction: str, denominator: float | Tensor | None
 ) -> None:
@@ -130,6 +155,8 @@ def check_arguments(
         raise ValueError(f"{op}: a denominator divides a sum, but reduction is 'none'")
     if isinstance(denominator, Tensor) and denominator.numel() != 1:
         raise ValueError(f"{op}: denominator has shape {tuple(denominator.shape)}, expected one number")
+    if isinstance(denominator, Tensor) and denominator.requires_grad:
+        raise ValueError(f"{op}: denominator requires a gradient and would get none: it is a constant here")
     if options.softcap is not None and not options.softcap > 0:
         raise ValueError(f"{op}: softcap must be positive or None, not {options.softcap}")
     if not 0 <= options.label_smoothing <= 1:
@@ -171,8 +198,7 @@ def cross_entropy(
         ValueError: target's shape or device, reduction, denominator, softcap or label_smoothing is wrong.
         TypeError: logits are not floating-point, or target is not int64 or int32.
     """
-    cap = None if softcap is None else float(softcap)
-    options = Options(ignore_index, float(label_smoothing), float(z_loss), cap, float(logit_scale))
+    options = checked_options("cross_entropy", ignore_index, label_smoothing, z_loss, softcap, logit_scale)
     if not logits.is_floating_point():
         raise TypeError(f"cross_entropy: logits must have a floating-point dtype, not {logits.dtype}")
     check_arguments("cross_entropy", target, logits, options, reduction, denominator)

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from liger.ops.cross_entropy import Reduction, check_arguments, check_labels, divisor, reduced
+from liger.ops.cross_entropy import Reduction, check_arguments, check_labels, checked_options, divisor, reduced
 from liger.ops.linear_chunks import (
     check_accum_dtype,
     check_dtypes,
@@ -163,8 +163,7 @@ def linear_cross_entropy(
         TypeError: input, weight and bias have different dtypes without autocast, or are not floating-point.
     """
     op = "linear_cross_entropy"
-    cap = None if softcap is None else float(softcap)
-    options = Options(ignore_index, float(label_smoothing), float(z_loss), cap, float(logit_scale))
+    options = checked_options(op, ignore_index, label_smoothing, z_loss, softcap, logit_scale)
     check_layer(op, input, linear_weight, linear_bias)
     check_arguments(op, target, input, options, reduction, denominator)
     check_labels(op, target, linear_weight.shape[0], ignore_index)

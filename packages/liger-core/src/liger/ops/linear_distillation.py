@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from liger.ops.cross_entropy import Reduction, check_arguments, divisor, reduced
+from liger.ops.cross_entropy import Reduction, check_arguments, checked_options, constant, divisor, reduced
 from liger.ops.distillation_rows import fill_distillation_rows
 from liger.ops.linear_chunks import (
     check_accum_dtype,
@@ -37,7 +37,6 @@ from liger.ops.linear_chunks import (
     project,
     through_chunks,
 )
-from liger.ops.loss_rows import Options
 from liger.ops.named import named
 from liger.ops.once_differentiable import once_differentiable
 from liger.ops.upstream_scale import early_and_late, scaled
@@ -208,8 +207,7 @@ def linear_distillation(
     shape = student_input.shape[:-1]
     if target is None:
         target = student_input.new_full(shape, ignore_index + 1, dtype=torch.int64)
-    options = Options(ignore_index, label_smoothing=0.0, z_loss=0.0, softcap=None, logit_scale=1.0)
-    check_arguments(op, target, student_input, options, reduction, denominator)
+    check_arguments(op, target, student_input, checked_options(op, ignore_index), reduction, denominator)
     compute_dtype = check_dtypes(op, student_input, student_weight, student_bias, _STUDENT)
     teacher_dtype = check_dtypes(op, teacher_input, teacher_weight, teacher_bias, _TEACHER)
     own = torch.float32 if student_weight.dtype == torch.float16 else student_weight.dtype
@@ -221,7 +219,7 @@ def linear_distillation(
         x, student_weight, student_bias, y, teacher_weight.detach(),
         None if teacher_bias is None else teacher_bias.detach(), labels != ignore_index,
         divisor(denominator, reduction, labels, ignore_index, x), reduction,
-        needed(x, student_weight, student_bias), (compute_dtype, sum_dtype, teacher_dtype), float(beta),
-        float(temperature),
+        needed(x, student_weight, student_bias), (compute_dtype, sum_dtype, teacher_dtype),
+        constant(op, "beta", beta), constant(op, "temperature", temperature),
     )  # fmt: skip
     return loss.view(shape) if reduction == "none" else loss

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from liger.ops.cross_entropy import check_arguments, check_labels
+from liger.ops.cross_entropy import check_arguments, check_labels, checked_options, constant
 from liger.ops.linear_chunks import (
     Gradients,
     check_dtypes,
@@ -190,8 +190,7 @@ def linear_log_prob(
         >>> (log_prob.mean() + 0.01 * entropy.mean()).backward()
     """
     op = "linear_log_prob"
-    cap = None if softcap is None else float(softcap)
-    options = Options(ignore_index, label_smoothing=0.0, z_loss=0.0, softcap=cap, logit_scale=float(logit_scale))
+    options = checked_options(op, ignore_index, softcap=softcap, logit_scale=logit_scale)
     check_layer(op, input, linear_weight, linear_bias)
     check_arguments(op, target, input, options, "none", None)
     if not temperature > 0:
@@ -202,6 +201,6 @@ def linear_log_prob(
     x, labels = input.reshape(-1, input.shape[-1]), target.reshape(-1).contiguous()
     outputs = _LinearLogProb.apply(
         x, linear_weight, linear_bias, labels, needed(x, linear_weight, linear_bias), compute_dtype,
-        float(temperature), options,
+        constant(op, "temperature", temperature), options,
     )  # fmt: skip
     return LogProb(*(t.view(target.shape) for t in outputs))

@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from liger.ops.cross_entropy import check_arguments, check_labels, divisor, reduced
+from liger.ops.cross_entropy import check_arguments, check_labels, checked_options, divisor, reduced
 from liger.ops.linear_chunks import (
     check_accum_dtype,
     check_dtypes,
@@ -180,8 +180,7 @@ def vocab_parallel_linear_cross_entropy(
         input = input.to_local()
     weight = linear_weight.to_local()
     bias = None if linear_bias is None else linear_bias.to_local()
-    cap = None if softcap is None else float(softcap)
-    options = Options(ignore_index, 0.0, float(z_loss), cap, float(logit_scale))
+    options = checked_options(op, ignore_index, z_loss=z_loss, softcap=softcap, logit_scale=logit_scale)
     check_layer(op, input, weight, bias)
     check_arguments(op, target, input, options, reduction, denominator)
     check_labels(op, target, classes, ignore_index)
