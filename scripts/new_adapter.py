@@ -219,7 +219,8 @@ def main() -> None:
     head = expression(found.adapter.head) if found.adapter.head else "no head"
     print(f"{folder}: {', '.join([*found.adapter.modules, *found.adapter.functions])}, and {head}")
     print("\n".join(["Left to transformers:", *(list(left_out(found)) or ["nothing"])]))
-    print(f"Next: cd {folder} && python -m pip install -e '.[testing]' && python -m pytest")
+    python = sys.executable  # that has liger-core, which need not be on an index
+    print(f"Next: cd {folder} && {python} -m pip install -e '.[testing]' && {python} -m pytest")
 
 
 if __name__ == "__main__":
