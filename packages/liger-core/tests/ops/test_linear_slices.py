@@ -27,8 +27,9 @@ def test_memory_and_roundings_are_bounded(rows, width, columns):
     breadth = max(last - first for first, last in slices)
     assert len(blocks) <= 8
     if len(blocks) < 8:
-        assert height * width * 4 <= MEMORY // 2
+        assert height * width * 4 <= MEMORY
         assert height * breadth * 2 <= MEMORY
+        assert height * width * 4 + height * breadth * 2 <= MEMORY * 3 // 2
 
 
 def test_columns_beside_whole_lines_are_a_slice_of_their_own():

@@ -33,14 +33,15 @@ from liger.ops.linear_chunks import (
 def grid(rows: int, width: int, columns: int, itemsize: int, memory: int) -> tuple[Spans, Spans]:
     """(start, stop) of every block of rows, and of every slice of columns that each block goes through.
 
-    The logits of a slice take at most `memory` bytes, and dx of a block, in fp32, half as many, unless that made more
-    than 8 blocks: of more rows than that, slices are so narrow that the product for dx is slow. Columns beside whole
-    lines of 64 are a slice of their own, since cuBLAS is slow where rows start anywhere.
+    dx of a block, in fp32, takes at most `memory` bytes, unless that made more than 8 blocks. It and the logits of a
+    slice together take one and a half times as many, where that leaves the logits between a half and the whole of
+    `memory`. Columns beside whole lines of 64 are a slice of their own, since cuBLAS is slow where rows start anywhere.
     """
-    blocks = edges(rows, max(memory // (8 * width), -(-rows // UPDATES), 1), 1)
+    blocks = edges(rows, max(memory // (4 * width), -(-rows // UPDATES), 1), 1)
     longest = max((stop - start for start, stop in blocks), default=1)
+    spare = min(max(memory * 3 // 2 - longest * width * 4, memory // 2), memory)
     whole = columns // LINE * LINE if columns > 16 * LINE else columns
-    slices = edges(whole, max(memory // (longest * itemsize), LINE), TILE)
+    slices = edges(whole, max(spare // (longest * itemsize), LINE), TILE)
     return blocks, slices + ([(whole, columns)] if whole < columns else [])
 
 
