@@ -7,7 +7,8 @@ import functools
 
 import pytest
 import torch
-from transformers import MixtralConfig, PreTrainedTokenizerFast
+from transformers import LlamaConfig, MixtralConfig, PreTrainedTokenizerFast
+from transformers.models.llama.modeling_llama import LlamaForSequenceClassification
 from transformers.models.mixtral.modeling_mixtral import MixtralForCausalLM
 
 import liger
@@ -28,6 +29,10 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:::transformers"),
 ]
 
+TURNS = (
+    "{% for turn in messages %}{% if turn.role == 'user' %}<s> {{ turn.content }} {% else %}"
+    "{% generation %}{{ turn.content }} </s> {% endgeneration %}{% endif %}{% endfor %}"
+)
 WORDS = ["<pad>", "<s>", "</s>", "<unk>", *(f"w{i}" for i in range(TINY["vocab_size"] - 4))]
 LORA = peft.LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj", "down_proj"])
 
@@ -49,9 +54,8 @@ def tokenizer():
     words = {word: number for number, word in enumerate(WORDS)}
     inner = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<unk>"))
     inner.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=inner, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
-    )
+    special = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    return PreTrainedTokenizerFast(tokenizer_object=inner, chat_template=TURNS, **special)
 
 
 def rows(kind):
@@ -61,13 +65,18 @@ def rows(kind):
         return " ".join(WORDS[i] for i in torch.randint(4, len(WORDS), (count,), generator=generator))
 
     pairs = [{"prompt": say(4) + " ", "chosen": say(3 + i % 4), "rejected": say(2 + i % 3)} for i in range(12)]
-    if kind == "DPO":
+    if kind in ("DPO", "Reward"):
         return datasets.Dataset.from_list(pairs)
     completions = [{"prompt": pair["prompt"], "completion": pair["chosen"]} for pair in pairs]
     if kind == "KTO":
         completions = [{**row, "label": i % 2 == 0} for i, row in enumerate(completions)]
     if kind == "GRPO":
         completions = [{"prompt": pair["prompt"]} for pair in pairs]
+    if kind == "conversations":
+        roles = {"user": "prompt", "assistant": "completion"}
+        completions = [
+            {"messages": [{"role": role, "content": row[part]} for role, part in roles.items()]} for row in completions
+        ]
     return datasets.Dataset.from_list(completions)
 
 
@@ -89,12 +98,13 @@ def trainer(kind, model, tmp_path, config=None, **options):
     )
     if kind == "GRPO":
         own["reward_funcs"] = reward
+    data = rows("conversations" if options.get("assistant_only_loss") else kind)
     torch.manual_seed(3)  # for the adapter that the trainer makes
     return trainer_class(
         model,
         args=arguments,
-        train_dataset=rows(kind),
-        eval_dataset=None if kind == "GRPO" else rows(kind),
+        train_dataset=data,
+        eval_dataset=None if kind == "GRPO" else data,
         processing_class=tokenizer(),
         peft_config=config,
         **own,
@@ -179,8 +189,8 @@ def test_the_log_is_that_of_an_unpatched_run(device, tmp_path, tiny, stock_log, 
     run = trainer(kind, model, tmp_path, LORA if adapter == "peft_config" else None)
     if patch is None:
         patch = liger.apply(run.model)
-        reasons = {d.reason for d in patch.declined}
-        assert reasons == {"its forward was replaced on the instance"}
+        (reason,) = {d.reason for d in patch.declined}
+        assert reason.startswith("its forward was replaced on the instance by trl.")
         assert {d.kind for d in patch.declined} == {"loss"}
     assert {s.kind for s in patch.swapped} >= {"norm", "mlp", "rope"}
     assert_same_log(logged(run), theirs)
@@ -223,6 +233,9 @@ def mean_of_logits(outputs, labels, num_items_in_batch=None):
         {"gradient_checkpointing_kwargs": {"selective": True}},
         {"label_smoothing_factor": 0.1},
         {"loss_type": "dft"},
+        {"packing": True, "max_length": 24},
+        {"completion_only_loss": False},
+        {"assistant_only_loss": True},
         {"compute_loss_func": mean_of_logits},
         {
             "peft_config": peft.LoraConfig(
@@ -258,6 +271,17 @@ def test_grpo_with_a_head_in_fp32(device, tiny, tmp_path, apply_first):
     assert_same_log(logged(patched), theirs)
     inputs = batch(TINY["vocab_size"], device)
     torch.testing.assert_close(patched.model(**inputs).loss, stock.model(**inputs).loss, rtol=1e-4, atol=1e-4)
+
+
+def test_a_reward_model(device, tmp_path, ran):
+    logs = []
+    for patched in (False, True):
+        model = build(LlamaForSequenceClassification, LlamaConfig(**TINY, num_labels=1, use_cache=False), device)
+        if patched:
+            liger.apply(model)
+        logs.append(logged(trainer("Reward", model, tmp_path)))
+    assert_same_log(logs[1], logs[0])
+    assert ran == {"rms_norm", "swiglu"}
 
 
 def test_a_mixture_of_experts_and_its_auxiliary_loss(device, tmp_path, ran):
