@@ -35,11 +35,22 @@ def test_logits_first_read_without_gradients_still_have_them(pair, inputs):
     assert (outputs.logits + 0).requires_grad
 
 
-def test_logits_read_after_the_weights_changed_are_refused(pair, inputs):
-    outputs = pair[1](**inputs)
+@pytest.mark.parametrize("changed", ["weight", "bias"])
+def test_logits_read_after_the_head_changed_are_refused(pair, inputs, changed):
+    patched = pair[1]
+    patched.lm_head.bias = nn.Parameter(torch.ones(TINY["vocab_size"], device=inputs["labels"].device))
+    outputs = patched(**inputs)
     with torch.no_grad():
-        pair[1].lm_head.weight.mul_(2)
+        getattr(patched.lm_head, changed).mul_(2)
     with pytest.raises(RuntimeError, match="read them before optimizer.step"):
+        outputs.logits + 0
+
+
+def test_logits_read_after_the_hidden_states_changed_are_refused(pair, inputs):
+    outputs = pair[1](**inputs, output_hidden_states=True)
+    with torch.no_grad():
+        outputs.hidden_states[-1].mul_(2)
+    with pytest.raises(RuntimeError, match="the head's input was changed in place"):
         outputs.logits + 0
 
 

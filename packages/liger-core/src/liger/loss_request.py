@@ -119,8 +119,13 @@ class LossRequest:
     def _recompute_in(self, head: Any, hidden: Tensor, autocast: torch.dtype | None) -> Callable[[torch.dtype], Tensor]:
         grad, inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
         weight, shape, upstream = head.weight, self.shape, self.upstream
-        version = None if weight.is_inference() else weight._version  # inference tensors do not count theirs
         after_head = self.after_head
+
+        def versions(*tensors: Tensor | None) -> list[int]:
+            # inference tensors do not count theirs
+            return [t._version for t in tensors if t is not None and not t.is_inference()]
+
+        of_input, of_head = versions(hidden), versions(weight, head.bias)
 
         def recompute(dtype: torch.dtype) -> Tensor:
             # Where the weight is sharded, `weight` was gathered for the forward: backward is what an optimizer follows.
@@ -130,10 +135,15 @@ class LossRequest:
                     "outputs.logits are computed when they are first read, and the head's sharded weight may have "
                     "changed since the forward; read them before backward"
                 )
-            if not sharded and version is not None and weight._version != version:
+            if not sharded and versions(head.weight, head.bias) != of_head:
                 raise RuntimeError(
-                    "outputs.logits are computed when they are first read, and the head's weight has changed since the "
-                    "forward; read them before optimizer.step()"
+                    "outputs.logits are computed when they are first read, and the head's weight or bias has changed "
+                    "since the forward; read them before optimizer.step()"
+                )
+            if versions(hidden) != of_input:
+                raise RuntimeError(
+                    "outputs.logits are computed when they are first read, and the head's input was changed in place "
+                    "since the forward; read them before that"
                 )
             with (
                 torch.inference_mode(inference),
