@@ -42,7 +42,7 @@ def main() -> None:
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16 if on_gpu else torch.float32)
     print(liger.apply(model))  # what was swapped, and what was declined and why
     for layer in model.model.layers:
-        layer.compile(backend=options.backend)
+        layer.compile(backend=options.backend, fullgraph=True)
     model.train()
 
     loader = DataLoader(

@@ -3,7 +3,8 @@
     python examples/dpo_trl.py --model Qwen/Qwen3-0.6B
 
 TRL computes its loss with a fused head of its own, and ours steps aside: norms, MLPs and rotary embeddings run on the
-kernels. Leave TRL's `use_liger_kernel` off, which is another library.
+kernels. So it is in TRL's other trainers (SFT, KTO, GRPO, RLOO, Reward): `liger.apply` before the trainer, or on its
+`model` after. Leave TRL's `use_liger_kernel` off, which is another library.
 """
 
 from __future__ import annotations

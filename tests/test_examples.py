@@ -81,7 +81,7 @@ def test_readme_has_a_command_for_every_script():
     assert NEEDS.keys() == scripts - without - {"random_llama"} | {"demo"}
 
 
-@pytest.mark.parametrize("script", ["sft_trainer", "dpo_trl", "compiled_pretraining"])
+@pytest.mark.parametrize("script", ["sft_trainer", "lightning_module", "dpo_trl", "compiled_pretraining"])
 def test_trains_a_patched_model(folder, script):
     assert_patched(trained(folder, script))
 
