@@ -8,7 +8,7 @@ The numbers that are not here:
     num_items_in_batch"
 25  logits, evaluation and generation beside a fused loss: `tests/test_trainer.py`, the contract
     (`test_logits_are_there_for_who_reads_them`, `test_without_labels_nothing_of_the_loss_differs`, `test_generate`)
-    and liger-core's `test_causal_lm.py`
+    and liger-core's `test_loss_request.py` and `test_lazy_logits.py`
 
 Over 300 lines: the cases are one list, in the order of their numbers.
 """
@@ -46,6 +46,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb as transformers_rotary
 
 import liger
+from liger.lazy_logits import LazyLogits
 from liger.ops import cross_entropy, launch, linear_chunks, linear_cross_entropy, rms_norm, rotary, swiglu
 from liger.testing import TINY, assert_as_exact_as
 from liger.testing.parity import assert_same_step, in_fp64
@@ -399,6 +400,33 @@ def test_18_a_device_that_is_not_current():
     torch.testing.assert_close(loss_there.to("cuda:0"), loss)
     for ours, theirs in zip(other.parameters(), model.parameters(), strict=True):
         torch.testing.assert_close(ours.grad.to("cuda:0"), theirs.grad)
+
+
+@pytest.mark.parametrize("order", ["apply, dispatch", "dispatch, apply"])
+@pytest.mark.parametrize("devices", [("cpu", "cpu"), pytest.param((0, 1), marks=pytest.mark.gpu)], ids=["cpu", "gpus"])
+def test_18_a_model_spread_over_devices(devices, order):
+    """The same of `device_map="auto"`: accelerate's hooks, which move what comes to each module's device."""
+    accelerate = pytest.importorskip("accelerate")
+    if devices == (0, 1) and torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    first, second = devices
+    stock = llama(torch.device(first))
+    spread, inputs = copy.deepcopy(stock), batch(TINY["vocab_size"], torch.device(first))
+    on = {"model.embed_tokens": first, "model.rotary_emb": first, "model.layers.0": first}
+    on |= {"model.layers.1": second, "model.norm": second, "lm_head": second}
+    if order == "apply, dispatch":
+        liger.apply(spread)
+    accelerate.dispatch_model(spread, on, force_hooks=True)
+    if order == "dispatch, apply":
+        assert not liger.apply(spread).swapped  # a kernel would pass the hooks by
+    outputs, expected = spread(**inputs), stock(**inputs)
+    assert isinstance(outputs.logits, LazyLogits) == (order == "apply, dispatch")
+    torch.testing.assert_close(outputs.loss, expected.loss)
+    torch.testing.assert_close(outputs.logits + 0, expected.logits)
+    outputs.loss.backward()
+    expected.loss.backward()
+    for ours, theirs in zip(spread.parameters(), stock.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad.to(theirs.device), theirs.grad)
 
 
 def compiled_variants():
