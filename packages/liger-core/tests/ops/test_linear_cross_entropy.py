@@ -18,6 +18,7 @@ from liger.testing.error_rule import relative_error
 from loss_cases import DTYPES, OPTIONS, cross_entropy_in_torch, upstream_of
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
+module = importlib.import_module("liger.ops.linear_cross_entropy")
 
 
 def naive(x, weight, target, *, linear_bias=None, accum_dtype=None, **options):
@@ -138,6 +139,32 @@ def test_options_match_fp64(device, path, chunk_rows, dtype, reduction, options)
     chunk_rows(4)
     tensors = some(10, 16, 300, device, dtype, ignored=[0])
     check(*tensors, upstream_of(reduction, 10, device), reduction=reduction, **options)
+
+
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_few_logits_as_a_whole_match_fp64(device, path, monkeypatch, reduction, options):
+    monkeypatch.setattr(module, "_are_few", lambda *_: True)
+    upstream = upstream_of(reduction, 12, device)
+    check(*some(12, 8, 50, device, torch.bfloat16, ignored=[3]), upstream, reduction=reduction, **options)
+    if reduction == "sum":
+        check(*some(12, 8, 50, device, ignored=range(12)), reduction=reduction, denominator=4, **options)
+
+
+@pytest.mark.gpu
+def test_only_few_logits_exist_as_a_whole(device, monkeypatch):
+    tensors = [t.requires_grad_() if t.is_floating_point() else t for t in some(12, 8, 50, device)]
+    x, weight, bias, target = tensors
+
+    def functions():
+        node = linear_cross_entropy(x, weight, target, linear_bias=bias).grad_fn
+        return [node.name(), *(after.name() for after, _ in node.next_functions if after is not None)]
+
+    assert "liger::linear_cross_entropyBackward" in functions()
+    monkeypatch.setattr(module, "FEW_LOGITS", 12 * 50)
+    assert functions() == ["liger::cross_entropyBackward", "AddmmBackward0"]
+    monkeypatch.setattr(module, "FEW_LOGITS", 12 * 50 - 1)
+    assert "liger::linear_cross_entropyBackward" in functions()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)

@@ -7,7 +7,8 @@ The rows are taken in chunks (see `linear_chunks`): one chunk of logits is turne
 formulas and the kernel are those of `loss_rows`) and used up in dx, dW and db before the next one. So the gradients
 are there when forward ends, and backward has only the upstream scalar left to multiply, in the gradients' own memory. A
 second backward through the same graph computes them again. `reduction="none"` has an upstream gradient per row: forward
-keeps two numbers per row, and backward goes through the chunks again.
+keeps two numbers per row, and backward goes through the chunks again. Where all logits are few, they may exist (see
+`FEW_LOGITS`).
 
 Losses and softmax run in fp32 (fp64 inputs: all in fp64). dW is summed in the weight's dtype, or in `accum_dtype`; for
 fp16 weights in fp32, since there it is not divided by the whole denominator until backward (see `early_and_late`).
@@ -19,9 +20,19 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from liger.ops.cross_entropy import Reduction, check_arguments, check_labels, checked_options, divisor, reduced
+from liger.ops.cross_entropy import (
+    Reduction,
+    check_arguments,
+    check_labels,
+    checked_options,
+    cross_entropy,
+    divisor,
+    reduced,
+)
+from liger.ops.launch import runs_kernels
 from liger.ops.linear_chunks import (
     check_accum_dtype,
     check_dtypes,
@@ -35,6 +46,10 @@ from liger.ops.loss_rows import Options, fill_rows
 from liger.ops.named import named
 from liger.ops.once_differentiable import once_differentiable
 from liger.ops.upstream_scale import early_and_late, scaled
+
+FEW_LOGITS = 2**24
+"""Up to so many, on a GPU, the layer and `cross_entropy` one after the other: the host's time is what counts there, and
+the logits and their gradient take a quarter of a chunk's memory."""
 
 
 def _outputs(
@@ -123,6 +138,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return *given((dx, dw, db), ctx.needs, weight, bias), *(None,) * 6
 
 
+def _are_few(logits: int, *tensors: Tensor | None) -> bool:
+    """Whether the logits may exist as a whole. In a compiled graph no host waits, and there the op is in one piece."""
+    input, *others = tensors
+    assert input is not None
+    few = logits <= FEW_LOGITS and input.is_cuda and not torch.compiler.is_compiling()
+    return few and runs_kernels(input, *others)
+
+
 def linear_cross_entropy(
     input: Tensor,
     linear_weight: Tensor,
@@ -170,6 +193,12 @@ def linear_cross_entropy(
     compute_dtype = check_dtypes(op, input, linear_weight, linear_bias)
     own = torch.float32 if linear_weight.dtype == torch.float16 else linear_weight.dtype
     sum_dtype = check_accum_dtype(op, own, accum_dtype)
+    if _are_few(target.numel() * linear_weight.shape[0], input, linear_weight, linear_bias):
+        return cross_entropy(
+            F.linear(input, linear_weight, linear_bias), target, ignore_index=ignore_index,
+            label_smoothing=label_smoothing, z_loss=z_loss, softcap=softcap, logit_scale=logit_scale,
+            reduction=reduction, denominator=denominator,
+        )  # fmt: skip
 
     x, labels = input.reshape(-1, input.shape[-1]), target.reshape(-1).contiguous()
     divide_by = divisor(denominator, reduction, labels, ignore_index, input)
