@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import logging
+import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -61,6 +64,34 @@ def loaded(tiny_path, tmp_path, monkeypatch):
     return load
 
 
+def patched_classes(model):
+    return {type(module).__name__ for module in model.modules() if isinstance(module, Swappable)}
+
+
+LLAMA = {"LlamaForCausalLM", "Linear", "LlamaAttention", "LlamaMLP", "LlamaRMSNorm"}
+
+
+STOOD_IN = {
+    **{package: {} for package in ("axolotl", "axolotl.integrations", "axolotl.utils")},
+    "axolotl.integrations.base": {"BasePlugin": object},
+    "axolotl.utils.logging": {"get_logger": logging.getLogger},
+}
+"""What the plugin takes of Axolotl."""
+
+
+def test_the_plugin_that_the_config_names_patches_a_model(device, monkeypatch):
+    for name, members in STOOD_IN.items():
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+        vars(sys.modules[name]).update(members)
+    monkeypatch.syspath_prepend(EXAMPLE)
+    (named,) = yaml.safe_load((EXAMPLE / "config.yml").read_text())["plugins"]
+    module, _, plugin = named.rpartition(".")
+    model = tiny_llama(device)
+    getattr(importlib.import_module(module), plugin)().post_model_load({}, model)
+    sys.modules.pop(module)  # or it is this one in Axolotl too
+    assert patched_classes(model) == LLAMA
+
+
 OWN_KERNELS = {"lora_mlp_kernel": False, "lora_qkv_kernel": False, "lora_o_kernel": False}
 """Axolotl's own, which it puts on by itself, and for the whole process."""
 
@@ -69,9 +100,7 @@ OWN_KERNELS = {"lora_mlp_kernel": False, "lora_qkv_kernel": False, "lora_o_kerne
 def test_the_loader_calls_the_plugin(device, loaded, options):
     plugins = yaml.safe_load((EXAMPLE / "config.yml").read_text())["plugins"]
     stock, patched = loaded([], **options).to(device), loaded(plugins, **options).to(device)
-    swapped = {type(module).__name__ for module in patched.modules() if isinstance(module, Swappable)}
-    assert swapped == {"LlamaForCausalLM", "Linear", "LlamaAttention", "LlamaMLP", "LlamaRMSNorm"}
-    assert not any(isinstance(module, Swappable) for module in stock.modules())
+    assert (patched_classes(stock), patched_classes(patched)) == (set(), LLAMA)
     inputs = batch(TINY["vocab_size"], device)
     losses = [model.train()(**inputs).loss for model in (stock, patched)]
     torch.testing.assert_close(losses[1], losses[0], rtol=1e-4, atol=1e-4)
