@@ -109,11 +109,21 @@ def test_two_numbers_of_a_model_are_not_taken_for_each_other():
     assert moe.options["router_aux_loss_coef"] != moe.options["logits_scaling"]
 
 
-def test_a_layer_that_leaves_out_the_dropout_does_not_pass_for_the_mlp():
-    seed_oss = found("seed_oss")
-    assert isinstance(seed_oss.adapter.modules["SeedOssMLP"], Stock)
-    assert seed_oss.adapter.heads, "the dropout in attention does not hide what the loss is"
-    assert seed_oss.options["residual_dropout"] == 0.0, "or the contract compares random numbers"
+SMALL_MAMBA = {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 16}
+
+
+@pytest.mark.parametrize(
+    ("model", "mlp", "options"), [("seed_oss", "SeedOssMLP", {}), ("falcon_h1", "FalconH1MLP", SMALL_MAMBA)]
+)
+def test_a_number_that_a_default_config_hides_is_seen(model, mlp, options):
+    """Seed's MLP has a dropout, Falcon's two multipliers, which no layer of ours has."""
+    adapter = found(model, **options).adapter
+    assert isinstance(adapter.modules[mlp], Stock)
+    assert adapter.heads, "the dropout in Seed's attention does not hide what the loss is"
+
+
+def test_the_contract_compares_no_random_numbers():
+    assert found("seed_oss").options["attention_dropout"] == 0.0
 
 
 def test_a_loss_that_no_head_computes_is_left_alone(monkeypatch):
@@ -130,6 +140,10 @@ def test_a_loss_that_no_head_computes_is_left_alone(monkeypatch):
     adding = find(modeling_granite, {})
     assert adding.adapter.head is None
     assert "The loss of `GraniteForCausalLM`" in list(left_out(adding))[-1]
+
+
+def test_a_forward_that_computes_its_loss_by_itself_has_no_head():
+    assert found("whisper").adapter.head is None
 
 
 @pytest.mark.parametrize(
