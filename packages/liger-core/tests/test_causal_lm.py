@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import re
 
 import pytest
 import torch
@@ -100,6 +101,26 @@ def test_a_keyword_that_the_model_itself_gives_its_loss_is_not_dropped(device, i
     heard.clear()
     patched(**inputs)
     assert heard == {"label_smoothing": 0.1}
+
+
+@pytest.mark.parametrize("name", ["ForCausalLMLoss", "fixed_cross_entropy"])
+def test_a_loss_that_somebody_has_put_into_transformers_is_kept(device, inputs, monkeypatch, name):
+    from transformers.loss import loss_utils
+
+    own = getattr(loss_utils, name)
+
+    @functools.wraps(own)
+    def doubled(*args, **kwargs):
+        return 2 * own(*args, **kwargs)
+
+    monkeypatch.setattr(loss_utils, name, doubled)
+    if name == "ForCausalLMLoss":
+        monkeypatch.setitem(loss_utils.LOSS_MAPPING, "ForCausalLM", doubled)
+    stock = llama(device)
+    patched = copy.deepcopy(stock)
+    (declined,) = apply_adapters(patched, [LLAMA_HEAD]).declined
+    assert re.search(rf"holds .*test_causal_lm\..* in the place of its own {name}", declined.reason)
+    assert_same_loss_and_gradients((stock, patched), **inputs)
 
 
 def test_what_every_model_passes_on_disables_nothing(pair, inputs):

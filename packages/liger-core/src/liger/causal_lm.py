@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from liger.known_code import foreign_global
 from liger.loss_request import AfterHead, LossRequest, StockLoss, stock_loss_of
 from liger.sharded_head import before_the_instance, has_transformers_forward, is_taken_away
 
@@ -61,6 +62,11 @@ class CausalLM:
         loss_function = getattr(model, "loss_function", None)
         if loss_function is not stock_loss_of(self.loss):
             return f"its loss function is {getattr(loss_function, '__qualname__', loss_function)}, not {self.loss}"
+        from transformers.loss import loss_utils
+
+        for function in (self.loss, "fixed_cross_entropy"):  # the one calls the other
+            if reason := foreign_global(loss_utils, function):
+                return reason
         try:
             after = self.after_head(model)
         except AttributeError as error:

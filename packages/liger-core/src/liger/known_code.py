@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
-from types import FunctionType, MethodType
+from types import FunctionType, MethodType, ModuleType
 from typing import Any
 
 from torch import nn
@@ -52,6 +52,14 @@ def foreign_function(function: Any, op: Callable[..., Any] | str, modeling: str)
         return f"{modeling} holds {function!r} in its own function's place"
     theirs, ours = ([(p.name, p.default) for p in inspect.signature(f).parameters.values()] for f in (function, op))
     return None if theirs == ours else f"{function.__name__} takes {theirs}, {op.__name__} takes {ours}"
+
+
+def foreign_global(module: ModuleType, name: str) -> str | None:
+    """Why `module`'s function of that name is not the one that was written there, or None."""
+    function = getattr(module, name)
+    if _defined_in(function) == module.__name__:
+        return None
+    return f"{module.__name__} holds {_described(function)} in the place of its own {name}"
 
 
 def _package(module: str) -> str:
