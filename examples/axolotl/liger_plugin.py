@@ -8,7 +8,7 @@ Leave out `axolotl.integrations.liger.LigerPlugin`, which is another library. Wh
 kernels do with the MLPs (`lora_mlp_kernel`), stays as it is, and the log says so.
 
 Axolotl 0.19.0 pins a transformers older than these packages take: install it with `pip install --no-deps`, and what it
-imports beside it, as the environment `axolotl` in `hatch.toml` does; to train it needs `trl==1.9.0` too.
+imports beside it, as the environment `axolotl` in `hatch.toml` does.
 """
 
 from __future__ import annotations
