@@ -127,7 +127,7 @@ def test_the_command_trains_as_without_the_plugin(config):
     for plugins in ([], PLUGINS):
         path = config(plugins, **FULL, **short)  # a LoRA begins at random
         command = [sys.executable, "-m", "axolotl.cli.main", "train", str(path), "--launcher", "python"]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+        done = subprocess.run(command, cwd=path.parent, env=environment, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr[-5000:]
         printed = done.stdout + done.stderr
         assert ("linear_cross_entropy" in printed) == bool(plugins)
