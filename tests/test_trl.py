@@ -236,6 +236,7 @@ def mean_of_logits(outputs, labels, num_items_in_batch=None):
         {"packing": True, "max_length": 24},
         {"completion_only_loss": False},
         {"assistant_only_loss": True},
+        pytest.param({"activation_offloading": True}, marks=pytest.mark.gpu),  # TRL's needs an accelerator
         {"compute_loss_func": mean_of_logits},
         {
             "peft_config": peft.LoraConfig(
