@@ -27,7 +27,7 @@ from liger.ops import rotary, rotary_one
 from liger.ops.rms_norm import Cast
 from liger.patch import apply_adapters
 from liger.testing import TINY
-from liger.testing.parity import recorded_calls
+from liger.testing.parity import disturb_numbers, numbers_of, recorded_calls
 from liger.testing.tiny import batch, build
 from liger.testing.unnamed import language_parts, looks_like, rotary_functions
 from rotary_in_own_dtype import rotary_in_own_dtype
@@ -126,10 +126,8 @@ def _layer(cls: type[nn.Module], models: list[Any]) -> Layer | None:
     kind = looks_like(models[0].get_submodule(name))
     if kind is None:
         return None
-    for module in (model.get_submodule(name) for model in models):
-        # What a layer does not read (a multiplier that is 1, a dropout that is 0) must not be at a value that hides it.
-        for place, number in enumerate(_numbers(module)):
-            setattr(module, number, 0.3 + place / 20)
+    for model in models:
+        disturb_numbers(model.get_submodule(name))
     agreement = {layer: _agreement(layer, name, models) for layer in _candidates(models[0].get_submodule(name))}
     best = max(agreement, key=lambda layer: agreement[layer], default=None)
     alike = 0.97 if kind == "norm" else 0.0  # a gated product is rounded once, where transformers rounds twice
@@ -138,7 +136,7 @@ def _layer(cls: type[nn.Module], models: list[Any]) -> Layer | None:
 
 def _candidates(module: Any) -> Iterator[Layer]:
     """The layers whose attributes this module has."""
-    floats = _numbers(module)
+    floats = numbers_of(module)
     for eps, offset, cast in itertools.product(floats, (0.0, 1.0), get_args(Cast)):
         yield RMSNorm(eps=eps, offset=offset, cast=cast)
     yield from (LayerNorm(eps=eps) for eps in floats)
@@ -148,10 +146,6 @@ def _candidates(module: Any) -> Iterator[Layer]:
         acts, (n for n, v in module.__dict__["_modules"].items() if not list(v.children()))
     ):
         yield from (layer(act=act, act_fn=act_fn) for layer in (GatedMLP, FusedGatedMLP, Experts))
-
-
-def _numbers(module: nn.Module) -> list[str]:
-    return [name for name, value in vars(module).items() if isinstance(value, float)]
 
 
 def _agreement(layer: Layer, name: str, models: list[Any]) -> float:

@@ -28,7 +28,15 @@ from torch import Tensor, nn
 from liger.adapter import Adapter
 from liger.layers import Stock
 from liger.patch import Patch, apply_adapters
-from liger.testing.parity import assert_each_as_exact_as, assert_same_step, cast, in_fp64, recorded_calls, run
+from liger.testing.parity import (
+    assert_each_as_exact_as,
+    assert_same_step,
+    cast,
+    disturb_numbers,
+    in_fp64,
+    recorded_calls,
+    run,
+)
 from liger.testing.tiny import batch, build
 from liger.testing.unnamed import unnamed
 
@@ -127,6 +135,21 @@ class AdapterContract:
                 outputs: Any = actual[0], own[0]
                 equal = (outputs[0] == outputs[1]).float().mean().item()
                 assert equal > 0.97, f"{what}: only {equal:.0%} of the elements are rounded as the original rounds them"
+
+    def test_each_number_of_a_module_counts(self, device: torch.device) -> None:
+        """A multiplier that is 1 in the config, or a dropout that is 0, hides nothing that a Layer forgets."""
+        stock, patched = self.model(device), self.model(device)
+        patch = self.apply(patched, rope=False, loss=None)
+        methods = {s.name: self.method(s.cls) for s in patch.swapped}
+        calls = recorded_calls(stock, methods, self.inputs(stock))
+        for name, _, cls, runs in patch.swapped:
+            outputs = []
+            for module in (patched.get_submodule(name), stock.get_submodule(name)):
+                disturb_numbers(module)
+                torch.manual_seed(0)
+                outputs.append(run(module, methods[name], *calls[name])[0])
+            message = f"{name} ({cls} → {runs}) does not follow a number of its module: {{}}".format
+            torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-4, msg=message)
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
     def test_loss_and_gradients(self, device: torch.device, path: str, dtype: torch.dtype) -> None:
