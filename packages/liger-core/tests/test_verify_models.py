@@ -182,11 +182,13 @@ def test_a_weight_that_zero_has_partitioned_is_refused_by_name(device):
         liger.verify(model)
 
 
-def test_a_forward_that_classes_do_not_switch_is_refused(device):
+@pytest.mark.parametrize(("path", "name"), [("model.norm", r"model\.norm"), ("", "the model itself")])
+def test_a_forward_that_classes_do_not_switch_is_refused(device, path, name):
     """accelerate's hooks keep the forward that they found: stock would be compared with itself."""
     model = llama(device)
-    model.model.norm.forward = functools.partial(type(model.model.norm).forward, model.model.norm)
-    with pytest.raises(ValueError, match=r"the forward of model\.norm was replaced on the instance"):
+    module = model.get_submodule(path)
+    module.forward = functools.partial(type(module).forward, module)
+    with pytest.raises(ValueError, match=rf"the forward of {name} was replaced on the instance by .*\.forward"):
         liger.verify(model)
 
 

@@ -20,7 +20,7 @@ from liger.subclass import Swappable
 def foreign_method(module: nn.Module, cls: type[nn.Module], method: str) -> str | None:
     """Why the `method` that `module` runs is not the one that `cls` was known by, or None."""
     if method in vars(module):
-        return f"its {method} was replaced on the instance by {_described(vars(module)[method])}"
+        return f"its {method} was replaced on the instance by {described(vars(module)[method])}"
     definer = next((c for c in type(module).__mro__ if method in vars(c)), None)
     if definer is None or issubclass(definer, Swappable):
         return None
@@ -34,7 +34,7 @@ def foreign_forward(cls: type, method: str = "forward") -> str | None:
     function: Any = vars(cls)[method]
     if _package(_defined_in(function)) in (_package(cls.__module__), "torch"):
         return None
-    return f"{cls.__qualname__}.{method} was replaced by {_described(function)}"
+    return f"{cls.__qualname__}.{method} was replaced by {described(function)}"
 
 
 def foreign_class(cls: type, name: str, modeling: str) -> str | None:
@@ -59,7 +59,7 @@ def foreign_global(module: ModuleType, name: str) -> str | None:
     function = getattr(module, name)
     if _defined_in(function) == module.__name__:
         return None
-    return f"{module.__name__} holds {_described(function)} in the place of its own {name}"
+    return f"{module.__name__} holds {described(function)} in the place of its own {name}"
 
 
 def _package(module: str) -> str:
@@ -71,7 +71,8 @@ def _defined_in(function: Any) -> str:
     return getattr(function, "__globals__", {}).get("__name__") or type(function).__module__
 
 
-def _described(function: Any) -> str:
+def described(function: Any) -> str:
+    """The name of what a bound method or a partial calls, behind the module that it stands in."""
     while isinstance(function, (functools.partial, MethodType)):
         function = function.func if isinstance(function, functools.partial) else function.__func__
     return f"{_defined_in(function)}.{getattr(function, '__qualname__', type(function).__qualname__)}"

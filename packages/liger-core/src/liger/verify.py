@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from liger.known_code import described
 from liger.patch import apply
 from liger.subclass import Swappable, function_class, layer_class, model_class, recompute_class
 from liger.yardstick import Yardstick
@@ -172,7 +173,10 @@ def _parts(model: nn.Module) -> list[_Part]:
         elif subclass is recompute_class:
             label = "recompute"
         if method in vars(module):
-            raise ValueError(f"liger.verify: since liger.apply, the {method} of {name} was replaced on the instance")
+            raise ValueError(
+                f"liger.verify: since liger.apply, the {method} of {name or 'the model itself'} was replaced on the "
+                f"instance by {described(vars(module)[method])}"
+            )
         part = found.setdefault(label, _Part(label, {}, []))
         part.modules[name] = module
         part.classes.append(cls)
