@@ -153,7 +153,9 @@ def test_a_rotary_function_that_somebody_replaced_is_kept(model, monkeypatch):
     monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", lambda q, k, cos, sin, unsqueeze_dim=1: (q, k))
     patch = apply(model)
     assert {d.kind for d in patch.declined} == {"rope"}
-    assert all("in its own function's place" in reason for reason in reasons(patch))
+    (reason,) = reasons(patch)
+    assert reason.startswith(f"{modeling_llama.__name__} holds {__name__}.test_a_rotary_function")
+    assert reason.endswith("<lambda> in its own function's place")
 
 
 def test_undo_refuses_when_something_swapped_the_class_again(model):

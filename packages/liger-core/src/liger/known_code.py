@@ -49,7 +49,7 @@ def foreign_function(function: Any, op: Callable[..., Any] | str, modeling: str)
     if isinstance(op, str):
         return f"{function.__name__} {op}"
     if not isinstance(function, FunctionType) or function.__module__ != modeling:
-        return f"{modeling} holds {function!r} in its own function's place"
+        return f"{modeling} holds {described(function)} in its own function's place"
     theirs, ours = ([(p.name, p.default) for p in inspect.signature(f).parameters.values()] for f in (function, op))
     return None if theirs == ours else f"{function.__name__} takes {theirs}, {op.__name__} takes {ours}"
 
