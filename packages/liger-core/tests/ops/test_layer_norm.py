@@ -18,7 +18,7 @@ DTYPES = [
     pytest.param(torch.bfloat16, torch.float32, id="bf16-fp32weight"),
     pytest.param(torch.float32, torch.bfloat16, id="fp32-bf16weight"),
 ]
-SHAPES = [(1, 5), (3, 7), (2, 5, 64), (9, 80), (67, 300), (3, 4096), (2, 5000)]
+SHAPES = [(1, 5), (3, 7), (2, 5, 64), (9, 80), (67, 300), (3, 4096), (2, 5000), (7, 9001), (2, 33000)]
 
 
 def torch_layer_norm(x, weight, bias, eps):
@@ -54,11 +54,12 @@ def test_matches_fp64(device, path, x_dtype, weight_dtype, shape):
     check(x, weight, bias, torch.randn(shape, device=device).to(x_dtype))
 
 
+@pytest.mark.parametrize("columns", [96, 9001])
 @pytest.mark.parametrize(("with_weight", "with_bias"), [(True, False), (False, True), (False, False)])
-def test_without_weight_or_bias(device, path, with_weight, with_bias):
-    x = torch.randn(5, 96, device=device, dtype=torch.bfloat16)
-    weight = torch.rand(96, device=device, dtype=torch.bfloat16) if with_weight else None
-    bias = torch.rand(96, device=device, dtype=torch.bfloat16) if with_bias else None
+def test_without_weight_or_bias(device, path, with_weight, with_bias, columns):
+    x = torch.randn(5, columns, device=device, dtype=torch.bfloat16)
+    weight = torch.rand(columns, device=device, dtype=torch.bfloat16) if with_weight else None
+    bias = torch.rand(columns, device=device, dtype=torch.bfloat16) if with_bias else None
     check(x, weight, bias, torch.randn_like(x))
 
 

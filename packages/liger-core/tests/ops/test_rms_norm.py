@@ -16,7 +16,7 @@ DTYPES = [
     pytest.param(torch.float16, torch.float16, id="fp16"),
     pytest.param(torch.bfloat16, torch.float32, id="bf16-fp32weight"),
 ]
-SHAPES = [(1, 3), (3, 7), (2, 5, 64), (9, 80), (17, 300), (3, 4096), (2, 5000)]
+SHAPES = [(1, 3), (3, 7), (2, 5, 64), (9, 80), (17, 300), (3, 4096), (2, 5000), (7, 9001), (2, 33000)]
 
 
 def check(x, weight, dy, **options) -> None:
@@ -43,8 +43,9 @@ def test_matches_fp64(device, path, x_dtype, weight_dtype, shape, cast: Cast, of
     check(x, weight, torch.randn(shape, device=device).to(x_dtype), eps=1e-5, cast=cast, offset=offset)
 
 
-def test_without_weight(device, path):
-    x = torch.randn(5, 96, device=device, dtype=torch.bfloat16)
+@pytest.mark.parametrize("columns", [96, 9001])
+def test_without_weight(device, path, columns):
+    x = torch.randn(5, columns, device=device, dtype=torch.bfloat16)
     check(x, None, torch.randn_like(x), cast="gemma")
 
 

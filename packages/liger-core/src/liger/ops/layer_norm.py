@@ -11,7 +11,7 @@ All of it runs in fp32 and is rounded once: y to x's dtype, whatever the dtype o
 
 μ and r (fp32, one each per row) and `x` are kept for backward. The weight's and the bias's gradients are summed by a
 fixed number of programs, each over its own rows, and then over the programs: no atomics, so the same input gives the
-same bits.
+same bits. Of up to 8192 columns that is one pass with dx; of more, one for each gradient.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from liger.ops.once_differentiable import once_differentiable
 
 _MAX_COLUMNS = 65536
 _TILE = 4096  # elements a program holds at once when rows are short
+_WIDE = 8192  # of more columns, a row and the sums of two gradients do not fit the registers
 _FETCHED = 65536  # bytes of shared memory a backward program may take for dy and x of its next rows
 
 
@@ -110,7 +111,7 @@ def _blocks(columns: int) -> tuple[int, int, int]:
     """(rows, columns, warps) of one program's tile."""
     block_columns = next_power_of_2(columns)
     block_rows = max(1, _TILE // block_columns)
-    warps = min(max(block_rows * block_columns // 512, 4), 32)
+    warps = min(max(block_rows * block_columns // 512, 4), 16 if block_columns <= 2 * _WIDE else 32)
     return block_rows, block_columns, warps
 
 
@@ -135,6 +136,19 @@ def _launch_backward(
     db_dtype: torch.dtype | None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     """The gradients of x, weight and bias; those of the latter where there is a dtype for them."""
+    if x.shape[-1] <= _WIDE:
+        return _pass_backward(dy, x, weight, statistics, needs_dx, dw_dtype, db_dtype)
+    dx, _, _ = _pass_backward(dy, x, weight, statistics, needs_dx, None, None)
+    _, dw, _ = _pass_backward(dy, x, weight, statistics, False, dw_dtype, None)
+    _, _, db = _pass_backward(dy, x, weight, statistics, False, None, db_dtype)
+    return dx, dw, db
+
+
+def _pass_backward(
+    dy: Tensor, x: Tensor, weight: Tensor | None, statistics: Tensor, needs_dx: bool, dw_dtype: torch.dtype | None,
+    db_dtype: torch.dtype | None,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    """Those of them that one pass over the rows computes."""
     columns = x.shape[-1]
     rows = x.numel() // columns
     block_rows, block_columns, warps = _blocks(columns)
@@ -144,7 +158,7 @@ def _launch_backward(
         programs = min(programs, 2 * sm_count(x))
     dx = torch.empty_like(x) if needs_dx else None
     partial = x.new_empty(programs, len(dtypes), columns, dtype=torch.float32) if dtypes else None
-    if rows:
+    if rows and (needs_dx or dtypes):
         launch(
             _backward_kernel, (programs,), dy, x, weight, statistics, dx, partial, rows, columns,
             NEEDS_DX=needs_dx, HAS_WEIGHT=weight is not None, NEEDS_DW=dw_dtype is not None,

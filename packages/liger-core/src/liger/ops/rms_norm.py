@@ -34,6 +34,7 @@ Cast = Literal["llama", "gemma"]
 
 MAX_COLUMNS = 65536
 _SHORT = 1024  # rows up to this many columns are taken several at a time
+_WIDE = 8192  # in backward, more columns leave no registers for the weight, nor for rows that are fetched early
 
 
 def reference(
@@ -81,11 +82,11 @@ def _forward_kernel(
 def _backward_kernel(
     dy, dtotal, x, weight, dx, dw, rows, columns, eps, OFFSET: tl.constexpr, HAS_DTOTAL: tl.constexpr,
     NEEDS_DX: tl.constexpr, HAS_WEIGHT: tl.constexpr, NEEDS_DW: tl.constexpr, BLOCK_ROWS: tl.constexpr,
-    BLOCK_COLUMNS: tl.constexpr, STAGES: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr, STAGES: tl.constexpr, RELOADS: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK_COLUMNS)
-    if HAS_WEIGHT:
+    if HAS_WEIGHT and not RELOADS:
         scale = tl.load(weight + column, mask=column < columns, other=0.0).to(tl.float32) + OFFSET
     dw_sum = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), dtype=tl.float32)
 
@@ -102,6 +103,8 @@ def _backward_kernel(
             dw_sum += g * x_hat
         if NEEDS_DX:
             if HAS_WEIGHT:
+                if RELOADS:
+                    scale = tl.load(weight + column, mask=column < columns, other=0.0).to(tl.float32) + OFFSET
                 g = g * scale[None, :]
             projection = tl.sum(g * x_hat, axis=1) / columns
             out = r[:, None] * (g - x_hat * projection[:, None])
@@ -118,7 +121,9 @@ def _tile(columns: int, backward: bool) -> tuple[int, int, int]:
     block_columns = next_power_of_2(columns)
     if columns <= _SHORT:
         return 2048 // block_columns, block_columns, 4
-    return (max(8192 // block_columns, 1) if backward else 1), block_columns, 8 if block_columns <= 16384 else 32
+    if backward:
+        return max(8192 // block_columns, 1), block_columns, 8 if block_columns <= _WIDE else 32
+    return 1, block_columns, min(max(block_columns // 1024, 8), 32)
 
 
 def launch_forward(
@@ -153,19 +158,20 @@ def launch_backward(
     columns = x.shape[-1]
     rows = x.numel() // columns
     block_rows, block_columns, warps = _tile(columns, backward=True)
-    # Tiles of every tensor wait in shared memory, with one program (two for short rows) to a multiprocessor.
+    # Tiles of every tensor wait in shared memory, with one program (three for short rows) to a multiprocessor.
     tile_bytes = dy.element_size() + x.element_size() + (0 if dtotal is None else dtotal.element_size())
-    stages = max(1, min(3, 200 * 1024 // (block_rows * block_columns * tile_bytes)))
+    waiting = 200 * 1024 // (block_rows * block_columns * tile_bytes) if block_columns <= _WIDE else 1
     programs = -(-rows // block_rows)
     if needs_dw:
-        programs = min(programs, (2 if columns <= _SHORT else 1) * sm_count(x))
+        programs = min(programs, (3 if columns <= _SHORT else 1) * sm_count(x))
     dx = torch.empty_like(x) if needs_dx else None
     dw = x.new_empty(programs, columns, dtype=torch.float32) if needs_dw else None
     if rows:
         launch(
             _backward_kernel, (programs,), dy, dtotal, x, weight, dx, dw, rows, columns, eps,
             OFFSET=offset, HAS_DTOTAL=dtotal is not None, NEEDS_DX=needs_dx, HAS_WEIGHT=weight is not None,
-            NEEDS_DW=needs_dw, BLOCK_ROWS=block_rows, BLOCK_COLUMNS=block_columns, STAGES=stages, num_warps=warps,
+            NEEDS_DW=needs_dw, BLOCK_ROWS=block_rows, BLOCK_COLUMNS=block_columns,
+            STAGES=max(1, min(3, waiting)), RELOADS=block_columns > _WIDE, num_warps=warps,
         )  # fmt: skip
     return dx, None if dw is None or weight is None else column_sums(dw, weight.dtype)[0]
 
