@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+
 import pytest
 import torch
 from torch import nn
 from transformers.models.llama import modeling_llama
+from transformers.utils.deprecation import deprecate_kwarg
 
 from adapted_models import LLAMA, llama
 from liger.adapter import Layer
+from liger.ops import rotary
 from liger.patch import apply_adapters
 from liger.subclass import layer_class
 from liger.testing.tiny import batch
@@ -33,6 +38,37 @@ def test_a_function_that_was_replaced_since_another_model_was_patched_runs(devic
     apply(model)
     model(**batch(99, device))
     assert len(calls) == len(model.model.layers)
+
+
+def test_an_op_stands_for_a_function_behind_decorators_too(device, monkeypatch):
+    attention, calls = modeling_llama.LlamaAttention, []
+
+    @functools.wraps(rotary)
+    def counted(*args, **kwargs):
+        calls.append(None)
+        return rotary(*args, **kwargs)
+
+    renamed = deprecate_kwarg("positions", "99.0", new_name="position_ids")
+    monkeypatch.setattr(attention, "forward", renamed(renamed(attention.forward)))
+    model = llama(device)
+    expected = model(**batch(99, device)).loss
+    patch = apply_adapters(model, [dataclasses.replace(LLAMA, functions={"apply_rotary_pos_emb": counted})])
+    torch.testing.assert_close(model(**batch(99, device)).loss, expected)
+    assert len(calls) == len(model.model.layers)
+    patch.undo()
+    model(**batch(99, device))
+    assert len(calls) == len(model.model.layers)
+
+
+def test_a_decorator_that_hides_the_forward_keeps_it(device, monkeypatch):
+    hidden = [modeling_llama.LlamaAttention.forward]
+    source = "def forward(self, *args, **kwargs):\n    return hidden[0](self, *args, **kwargs)"
+    names = {"__name__": modeling_llama.__name__, "hidden": hidden}
+    exec(source, names)
+    monkeypatch.setattr(modeling_llama.LlamaAttention, "forward", functools.wraps(hidden[0])(names["forward"]))
+    model = llama(device)
+    reasons = {d.reason for d in apply(model).declined if d.kind == "rope"}
+    assert reasons == {"LlamaAttention.forward is wrapped by a decorator that does not show what it wraps"}
 
 
 def test_models_of_one_type_share_their_classes(device):

@@ -20,6 +20,7 @@ from liger.subclass import (
     Swappable,
     function_class,
     head_class,
+    holds_what_it_wraps,
     layer_class,
     model_class,
     parallel_head_class,
@@ -212,6 +213,6 @@ def _names_in(cls: type[nn.Module]) -> tuple[str, ...]:
 
 
 def _wrapped(cls: type[nn.Module]) -> str | None:
-    """Why the globals of the class's forward cannot be replaced: a decorator holds the function that uses them."""
-    forward = vars(cls)["forward"]
-    return None if inspect.unwrap(forward) is forward else f"{cls.__name__}.forward is wrapped by a decorator"
+    """Why the globals of the class's forward cannot be replaced: they are out of reach behind a decorator."""
+    reached = holds_what_it_wraps(vars(cls)["forward"])
+    return None if reached else f"{cls.__name__}.forward is wrapped by a decorator that does not show what it wraps"

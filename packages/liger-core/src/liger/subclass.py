@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
-from types import FunctionType
+from types import CellType, FunctionType
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -78,18 +78,44 @@ def layer_class(base: Any, layer: Layer) -> type[nn.Module]:
 def function_class(base: Any, ops: tuple[tuple[str, Callable[..., Any]], ...]) -> type[nn.Module]:
     """`base`, whose forward is the same code over a copy of its module's present globals in which only `ops` differ."""
     stock = base.forward
-    return _function_class(base, ops, stock, tuple(map(id, stock.__globals__.values())))
+    return _function_class(base, ops, stock, tuple(map(id, inspect.unwrap(stock).__globals__.values())))
 
 
 @functools.cache  # the class keeps all that its ids are of
 def _function_class(base: Any, ops: tuple[tuple[str, Callable[..., Any]], ...], stock: Any, _: Any) -> type[nn.Module]:
-    forward = FunctionType(
-        stock.__code__, {**stock.__globals__, **dict(ops)}, stock.__name__, stock.__defaults__, stock.__closure__
-    )
-    forward.__kwdefaults__ = stock.__kwdefaults__
-    functools.update_wrapper(forward, stock)
     names = ", ".join(op.__name__ for _, op in ops)
-    return _subclass(base, {"forward": forward}, (function_class, base, ops), lambda _: names)
+    return _subclass(base, {"forward": _over(stock, dict(ops))}, (function_class, base, ops), lambda _: names)
+
+
+def _over(function: Any, names: dict[str, Any]) -> Any:
+    """A copy of `function` in whose globals `names` differ; under its decorators, of what they hold."""
+    inner = getattr(function, "__wrapped__", None)
+    closure = function.__closure__
+    if inner is None:
+        names = {**function.__globals__, **names}
+    else:
+        held, names = CellType(_over(inner, names)), function.__globals__
+        closure = tuple(held if _contents(cell) is inner else cell for cell in closure)
+    copied = FunctionType(function.__code__, names, function.__name__, function.__defaults__, closure)
+    copied.__kwdefaults__ = function.__kwdefaults__
+    return functools.update_wrapper(copied, function)
+
+
+def holds_what_it_wraps(function: Any) -> bool:
+    """Whether each decorator of `function` is a function that has what it decorates in a variable of its closure."""
+    inner = getattr(function, "__wrapped__", None)
+    if inner is None:
+        return isinstance(function, FunctionType)
+    if not isinstance(function, FunctionType):
+        return False
+    return any(_contents(cell) is inner for cell in function.__closure__ or ()) and holds_what_it_wraps(inner)
+
+
+def _contents(cell: CellType) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # a variable that is not set
+        return None
 
 
 @functools.cache
