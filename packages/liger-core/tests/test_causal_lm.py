@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import functools
 import re
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -133,6 +135,7 @@ def test_what_every_model_passes_on_disables_nothing(pair, inputs):
 def test_labels_given_by_position(pair, inputs):
     stock, patched = (model(inputs["input_ids"], None, None, None, None, inputs["labels"]).loss for model in pair)
     torch.testing.assert_close(patched, stock)
+    assert isinstance(pair[1](inputs["input_ids"], None, None, None, None, inputs["labels"]).logits, LazyLogits)
 
 
 def test_shift_labels_that_keep_some_positions(pair, inputs):
@@ -163,6 +166,12 @@ def test_packed_sequences(pair, inputs):
 @pytest.mark.gpu
 def test_a_denominator_on_another_device(pair, inputs):
     assert_same_loss_and_gradients(pair, **inputs, num_items_in_batch=torch.tensor(3))
+
+
+def test_several_numbers_of_items_divide_as_in_the_models_own_loss(pair, inputs):
+    stock, patched = (model(**inputs, num_items_in_batch=torch.tensor([3, 4])).loss for model in pair)
+    assert patched.shape == (2,)
+    torch.testing.assert_close(patched, stock)
 
 
 def test_labels_that_do_not_fit_raise_as_the_models_own_loss_does(pair, inputs):
@@ -217,6 +226,39 @@ def test_an_exception_in_the_forward_leaves_nothing_behind(pair, inputs):
     with pytest.raises(ValueError, match="exactly one of input_ids or inputs_embeds"):
         patched(labels=inputs["labels"])
     assert [sorted(vars(m)) for m in patched.modules()] == before
+
+
+@pytest.mark.usefixtures("no_interpreter")
+def test_forwards_in_two_threads_take_their_own_labels(pair, inputs):
+    patched, both = pair[1], threading.Barrier(2, timeout=60)
+    labels = [inputs["labels"], inputs["labels"].flip(0)]
+
+    def loss(labels):
+        return patched(inputs["input_ids"], labels=labels).loss
+
+    def wait(*_):
+        both.wait()  # before the head, so that each has asked for a loss when the first computes one
+
+    expected = [*map(loss, labels)]
+    patched.model.register_forward_hook(wait)
+    with ThreadPoolExecutor(2) as threads:
+        assert [*threads.map(loss, labels)] == expected
+
+
+def test_a_forward_inside_a_forward_takes_its_own_labels(pair, inputs):
+    patched, inner = pair[1], []
+    ids, others = inputs["input_ids"], inputs["labels"].flip(0)
+    expected = [patched(ids, labels=labels).loss for labels in (inputs["labels"], others)]
+
+    def call_again(*_):
+        if not inner:
+            inner.append(None)
+            inner[:] = patched(ids, labels=others), patched(ids)
+
+    patched.model.register_forward_pre_hook(call_again)
+    assert [patched(**inputs).loss, inner[0].loss] == expected
+    assert type(inner[1].logits) is torch.Tensor
+    assert inner[1].loss is None
 
 
 def test_without_labels_everything_is_stock_bit_for_bit(pair, inputs):

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import threading
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -29,7 +30,15 @@ from liger.known_code import foreign_global
 from liger.loss_request import AfterHead, LossRequest, StockLoss, stock_loss_of
 from liger.sharded_head import before_the_instance, has_transformers_forward, is_taken_away
 
-_REQUEST = "_liger_loss_request"
+
+class _Running(threading.local):
+    """The requests of the forwards that are running in this thread, by the model and the heads that answer them."""
+
+    def __init__(self) -> None:
+        self.requests: dict[nn.Module, LossRequest | None] = {}
+
+
+_running = _Running()
 
 _GATHERING = ("accelerate.", "deepspeed.", "torch.distributed.", "transformers.")
 """Whose hooks on a head make its weight whole, and do not look at its output."""
@@ -118,38 +127,42 @@ class CausalLM:
         stock_loss = base.loss_function  # type: ignore[attr-defined]
         known_loss, spec = stock_loss_of(self.loss), self
 
-        @functools.wraps(stock)
-        def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        def requested(self: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> LossRequest | None:
             labels = args[position] if len(args) > position else kwargs.get("labels")
             if labels is None or stock_loss.fget(self) is not known_loss:
-                return stock(self, *args, **kwargs)
+                return None
             # A compiled graph cannot hold lazy logits, and an evaluation loop reads them: it gets the real ones.
             if torch.compiler.is_compiling() and not self.training:
-                return stock(self, *args, **kwargs)
+                return None
             if not kwargs.keys() <= known:
                 unknown = ", ".join(sorted(kwargs.keys() - known))
                 _warn(f"the fused loss does not know {unknown}, so the model's own runs")
+                return None
+            return LossRequest(labels, spec.loss, spec.after_head(self), kwargs, known)
+
+        @functools.wraps(stock)
+        def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            request, requests = requested(self, args, kwargs), _running.requests
+            if request is None and self not in requests:
                 return stock(self, *args, **kwargs)
-            request = LossRequest(labels, spec.loss, spec.after_head(self), kwargs, known)
             heads = list(spec.heads(self).values())
-            if any(map(_is_watched, (spec.find_head(self), *heads))):
+            if request is not None and any(map(_is_watched, (spec.find_head(self), *heads))):
                 _warn(f"a hook on {spec.head} wants to see logits, so they are computed whole")
                 heads = []
             # An evaluation loop reads the logits after the forward.
             if not self.training and any(is_taken_away(self, head) for head in heads if isinstance(head, nn.Linear)):
                 heads = []
-            asked = [self, *heads]
-            for part in asked:
-                setattr(part, _REQUEST, request)
+            outer = dict(requests)
+            requests.update(dict.fromkeys((self, *heads), request))
             try:
                 output = stock(self, *args, **kwargs)
             finally:
-                for part in asked:
-                    delattr(part, _REQUEST)
-            return request.with_lazy_logits(output)
+                requests.clear()
+                requests.update(outer)
+            return output if request is None else request.with_lazy_logits(output)
 
         def loss_function(self: nn.Module) -> Callable[..., Tensor]:
-            request = getattr(self, _REQUEST, None)
+            request = _running.requests.get(self)
             return stock_loss.fget(self) if request is None else request.loss_function
 
         return {"forward": forward, "loss_function": property(loss_function, stock_loss.fset)}
@@ -168,7 +181,7 @@ def _answering(stock: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
     @functools.wraps(stock)
     def forward(self: nn.Module, input: Tensor) -> Tensor:
-        request: LossRequest | None = getattr(self, _REQUEST, None)
+        request = _running.requests.get(self)
         if request is None or not request.can_fuse(self, input):
             return stock(self, input)
         return request.compute_in(self, input)
