@@ -193,7 +193,8 @@ def _kwargs_of_every_forward() -> set[str]:
     """What any model passes on from its forward's keywords to its loss: the loss's own, and what is not for a loss."""
     from transformers.utils import TransformersKwargs
 
-    return {*TransformersKwargs.__annotations__, "ignore_index", "shift_labels", "return_dict"}
+    renamed = "past_key_values"  # from transformers 5.24 on a decorator takes it, and hands it on as `cache`
+    return {*TransformersKwargs.__annotations__, "ignore_index", "shift_labels", "return_dict", renamed}
 
 
 def _is_watched(head: Any) -> bool:
