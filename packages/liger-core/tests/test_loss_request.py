@@ -15,9 +15,10 @@ from liger.testing.parity import MODEL_DEPTH, assert_each_as_exact_as, in_fp64
 from liger.testing.tiny import batch
 
 
-def test_evaluation_holds_no_logits_until_they_are_read(pair, inputs):
+@pytest.mark.parametrize("without_gradients", [torch.no_grad, torch.inference_mode])
+def test_evaluation_holds_no_logits_until_they_are_read(pair, inputs, without_gradients):
     patched = pair[1].eval()
-    with torch.no_grad():
+    with without_gradients():
         outputs = patched(**inputs)
         stock = pair[0].eval()(**inputs)
     assert isinstance(outputs.logits, LazyLogits)
@@ -25,6 +26,7 @@ def test_evaluation_holds_no_logits_until_they_are_read(pair, inputs):
     torch.testing.assert_close(outputs.loss, stock.loss)
     read = outputs.logits + 0
     assert not read.requires_grad
+    assert outputs.logits.is_inference() == stock.logits.is_inference()
     torch.testing.assert_close(read, stock.logits)
 
 
