@@ -87,22 +87,35 @@ def test_a_keyword_that_the_fused_loss_does_not_know_reaches_the_models_own(pair
     assert heard == {"label_smoothing": 0.1}
 
 
-def test_a_keyword_that_the_model_itself_gives_its_loss_is_not_dropped(device, inputs, heard):
-    class Smoothing(LlamaForCausalLM):
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"label_smoothing": 0.1},
+        {"ignore_index": 5},
+        {"num_items_in_batch": 3},
+        {"shift_labels": torch.arange(18).view(2, 9)},
+        {"labels": torch.arange(18).view(2, 9)},
+    ],
+    ids=", ".join,
+)
+def test_what_the_model_itself_gives_its_loss_is_not_dropped(device, inputs, heard, given):
+    class Giving(LlamaForCausalLM):
         def forward(self, input_ids=None, labels=None, **kwargs):
             logits = self.lm_head(self.model(input_ids).last_hidden_state)
-            loss = self.loss_function(logits, labels, self.vocab_size, label_smoothing=0.1, **kwargs)
+            loss = self.loss_function(logits, **{"labels": labels, "vocab_size": self.vocab_size, **kwargs, **given})
             return CausalLMOutputWithPast(loss=loss, logits=logits)
 
-    stock = build(Smoothing, LlamaConfig(**TINY), device)
+    stock = build(Giving, LlamaConfig(**TINY), device)
     patched = copy.deepcopy(stock)
-    spec = CausalLM("Smoothing")
+    spec = CausalLM("Giving")
     patched.lm_head.__class__ = head_class(nn.Linear, spec)
-    patched.__class__ = model_class(Smoothing, spec)
+    patched.__class__ = model_class(Giving, spec)
+    inputs["labels"] = inputs["labels"].abs() % TINY["vocab_size"]  # none is ignored
+    inputs["labels"][0, 1:4] = 5
     assert_same_loss_and_gradients((stock, patched), **inputs)
     heard.clear()
     patched(**inputs)
-    assert heard == {"label_smoothing": 0.1}
+    assert heard == {name: value for name, value in given.items() if name == "label_smoothing"}
 
 
 @pytest.mark.parametrize("name", ["ForCausalLMLoss", "fixed_cross_entropy"])
