@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import os
 import re
 import subprocess
 import sys
@@ -31,8 +32,11 @@ def run(folder, command):
     words = command.replace("examples/", f"{EXAMPLES}/").split()
     if words[0] == "torchrun":  # on a port of its own, since the tests beside this one may run it too
         words[:3] = ["python", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(PROCESSES)]
+        one = {}
+    else:  # a Trainer of one process would wrap the model in DataParallel, which TRL's DPO refuses
+        one = {"CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]}
     words[0] = sys.executable
-    done = subprocess.run(words, cwd=folder, env=REFERENCES, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(words, cwd=folder, env=REFERENCES | one, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, f"{command}\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}"
     return done.stdout
 

@@ -16,6 +16,7 @@ from liger import layers
 from liger.lazy_logits import LazyLogits
 from liger.subclass import Swappable
 from liger.testing import TINY
+from liger.testing.plugin import HAS_GPU
 from liger.testing.tiny import batch, build
 from tiny_trainer import OPTIONS, tiny_llama
 
@@ -33,6 +34,8 @@ TURNS = (
     "{% for turn in messages %}{% if turn.role == 'user' %}<s> {{ turn.content }} {% else %}"
     "{% generation %}{{ turn.content }} </s> {% endgeneration %}{% endif %}{% endfor %}"
 )
+# TRL's KL is a difference of log-probabilities, which a GPU's products round otherwise.
+RELATIVE, ABSOLUTE = 1e-3 if HAS_GPU else 1e-4, 1e-5
 WORDS = ["<pad>", "<s>", "</s>", "<unk>", *(f"w{i}" for i in range(TINY["vocab_size"] - 4))]
 LORA = peft.LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj", "down_proj"])
 
@@ -130,7 +133,12 @@ def assert_same_log(ours, theirs):
     assert len(theirs) > 2
     assert [entry.keys() for entry in ours] == [entry.keys() for entry in theirs]
     for our_entry, their_entry in zip(ours, theirs, strict=True):
-        assert our_entry == pytest.approx(their_entry, rel=1e-4, abs=1e-5, nan_ok=True)
+        ours_now, theirs_now = dict(our_entry), dict(their_entry)
+        for prefix in ("", "eval_"):
+            if abs(theirs_now.get(f"{prefix}rewards/margins", 1.0)) < ABSOLUTE:  # rounding decides who is ahead
+                ours_now.pop(f"{prefix}rewards/accuracies", None)
+                theirs_now.pop(f"{prefix}rewards/accuracies", None)
+        assert ours_now == pytest.approx(theirs_now, rel=RELATIVE, abs=ABSOLUTE, nan_ok=True)
     assert any(entry.get("grad_norm", 0) > 1e-3 for entry in theirs)
 
 

@@ -118,7 +118,9 @@ def _outcome(case: Case) -> str:
 def _connect(folder: Path, after: str) -> None:
     import torch.distributed as dist
 
-    backend, meeting = "nccl" if DEVICE == "cuda" else "gloo", f"file://{folder}/after-{after.replace(' ', '-')}"
+    # gloo too, for parameters that FSDP keeps on the CPU
+    backend = "cpu:gloo,cuda:nccl" if DEVICE == "cuda" else "gloo"
+    meeting = f"file://{folder}/after-{after.replace(' ', '-')}"
     dist.init_process_group(backend, init_method=meeting, rank=RANK, world_size=WORLD, timeout=_LONGEST_WAIT)
 
 

@@ -158,7 +158,7 @@ def test_only_few_logits_exist_as_a_whole(device, monkeypatch):
 
     def functions():
         node = linear_cross_entropy(x, weight, target, linear_bias=bias).grad_fn
-        return [node.name(), *(after.name() for after, _ in node.next_functions if after is not None)]
+        return [type(node).__name__, *(type(after).__name__ for after, _ in node.next_functions if after is not None)]
 
     assert "liger::linear_cross_entropyBackward" in functions()
     monkeypatch.setattr(module, "FEW_LOGITS", 12 * 50)
