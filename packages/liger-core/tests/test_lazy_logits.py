@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import functools
 import io
 import pickle
+import weakref
 
 import pytest
 import torch
@@ -117,6 +119,16 @@ def test_every_use_sees_the_values(made, use):
         assert result == expected
     use(lazy)
     assert len(calls) == 1
+
+
+def test_once_read_they_hold_nothing_but_the_values(made):
+    _, _, leaf = made
+    compute = functools.partial(torch.add, leaf, 1)  # holds the hidden states and their graph
+    lazy, held = LazyLogits(compute, leaf.shape, leaf.dtype, leaf.device), weakref.ref(compute)
+    del compute
+    assert held() is not None
+    lazy + 0
+    assert held() is None
 
 
 def test_gradients_reach_what_the_logits_came_from(made):

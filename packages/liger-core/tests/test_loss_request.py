@@ -107,6 +107,13 @@ def test_autocast_with_fp32_master_weights(pair, inputs, device, dtype, bias, it
     assert_each_as_exact_as(gradients, depth=MODEL_DEPTH, alone_from=None)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_logits_of_a_forward_under_autocast_are_the_same_outside_of_it(pair, inputs, device, dtype):
+    with torch.autocast(device.type, dtype):
+        stock, patched = (model(**inputs).logits for model in pair)
+    assert torch.equal(patched + 0, stock)
+
+
 def test_a_frozen_head_gets_no_gradient(pair, inputs):
     for model in pair:
         model.lm_head.weight.requires_grad_(False)
