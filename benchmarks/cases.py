@@ -193,12 +193,12 @@ def _cross_entropy(*sizes: int) -> Case:
     )  # fmt: skip
 
 
-def _linear_cross_entropy(*sizes: int) -> Case:
+def _linear_cross_entropy(*sizes: int, more: bool = False) -> Case:
     rows, hidden, vocabulary = sizes
     return Case(
         "linear_cross_entropy", sizes, (64, 128, 1024), _linear_loss, peers.LINEAR_CROSS_ENTROPY,
         lambda input, linear_weight, target: F.cross_entropy(input @ linear_weight.T, target, reduction="sum"),
-        chunk=1024, flops=6 * rows * hidden * vocabulary,
+        chunk=1024, flops=6 * rows * hidden * vocabulary, more=more,
     )  # fmt: skip
 
 
@@ -229,6 +229,9 @@ CASES: tuple[Case, ...] = (
     _qk_norm_rotary(4, 4096, 32, 8, 128), _qk_norm_rotary(1, 16384, 8, 4, 256),
     _cross_entropy(8192, 128256), _cross_entropy(8192, 32000), _cross_entropy(4096, 262144),
     *(_linear_cross_entropy(*sizes) for sizes in _LINEAR_SHAPES),
+    # Short batches and a small vocabulary, where the host's time is what counts.
+    _linear_cross_entropy(256, 512, 1000, more=True), _linear_cross_entropy(256, 2048, 32000, more=True),
+    _linear_cross_entropy(256, 4096, 128256, more=True),
     *(_linear_log_prob(*sizes) for sizes in _LINEAR_SHAPES),
 )  # fmt: skip
 """Every op at its shapes; the first shape of an op is the one that `--quick` takes."""

@@ -57,13 +57,20 @@ def _sweep(model: str, *batches: int, checkpointing: bool = False, sequence: int
     return Group(model, checkpointing, tuple((batch, sequence) for batch in batches))
 
 
-def _longest(model: str, checkpointing: bool = False) -> Group:
-    return Group(model, checkpointing, ((1, 2048), (1, 4096)), ways=("liger", "eager"), longest=True)
+def _longest(model: str, checkpointing: bool = False, ways: tuple[str, ...] = ("liger", "eager")) -> Group:
+    return Group(model, checkpointing, ((1, 2048), (1, 4096)), ways, longest=True)
+
+
+def _recomputed(model: str, *batches: int) -> tuple[Group, Group]:
+    """What `recompute=True` does to the sizes of a model, and to its longest sequence."""
+    ways = ("liger, recompute",)
+    return Group(model, False, tuple((batch, 4096) for batch in batches), ways), _longest(model, ways=ways)
 
 
 PLANS = {
     75: (
         _sweep("llama-1b", 1, 2, 4, 8),
+        *_recomputed("llama-1b", 1, 2, 4, 8),
         _sweep("llama-1b", 4, 8, 16, checkpointing=True),
         _longest("llama-1b"),
         _sweep("qwen3-1.7b", 2, 4, 8, checkpointing=True),
@@ -83,6 +90,8 @@ PLANS = {
     130: (
         _sweep("llama-8b", 1, 4, 8, checkpointing=True),
         _sweep("llama-1b", 4, 8, 16),
+        *_recomputed("llama-1b", 4, 8, 16),
+        _sweep("llama-8b", 1, checkpointing=True, sequence=16384),
         _sweep("qwen3-8b", 1, 4, checkpointing=True),
         _longest("llama-8b", checkpointing=True),
         _sweep("mistral-7b", 1, 4, 8, checkpointing=True),

@@ -9,8 +9,8 @@ from benchmarks.markdown import head, row
 from benchmarks.training import WAYS
 
 Record = dict[str, Any]
-RIVALS = ("eager", "liger-kernel")
-"""What ours is compared with in a column of its own."""
+COMPARED = (("liger", "eager"), ("liger", "liger-kernel"), ("liger, recompute", "eager"))
+"""Which of ours has a column of its own beside which other."""
 
 
 def _cell(record: Record | None) -> str:
@@ -33,13 +33,13 @@ def _ratio(ours: Record | None, theirs: Record | None) -> str:
 def _sizes(groups: list[Record]) -> list[str]:
     rows = [entry for group in groups for entry in group["rows"]]
     ways = [way for way in WAYS if any(way in entry["ways"] for entry in rows)]
-    rivals = [way for way in RIVALS if way in ways]
-    lines = head(["model", "batch × sequence", *ways, *(f"liger : {way}" for way in rivals)], words=2)
+    pairs = [pair for pair in COMPARED if set(pair) <= set(ways)]
+    lines = head(["model", "batch × sequence", *ways, *map(" : ".join, pairs)], words=2)
     for group in groups:
         for place, entry in enumerate(group["rows"]):
             found = entry["ways"]
             cells = [_cell(found.get(way)) for way in ways]
-            cells += [_ratio(found.get("liger"), found.get(way)) for way in rivals]
+            cells += [_ratio(found.get(ours), found.get(other)) for ours, other in pairs]
             lines.append(row([group["title"] if place == 0 else "", f"{entry['batch']}×{entry['sequence']}", *cells]))
     return lines
 

@@ -60,11 +60,10 @@ def test_a_tiny_soak_takes_its_steps():
     from benchmarks.soak import soak
 
     saved = []
-    marks = soak(CPU, steps=9, every=3, deadline=never(), tiny=True, save=lambda marks: saved.append(len(marks)))
+    marks = soak(CPU, steps=9, every=3, tiny=True, save=lambda marks: saved.append(len(marks)))
     assert saved == [1, 2, 3]
     assert [mark["step"] for mark in marks] == [3, 6, 9]
     assert all(mark["finite"] and 0 < mark["loss"] < 10 for mark in marks), marks
-    assert len(soak(CPU, steps=9, every=3, deadline=time.monotonic(), tiny=True)) == 1
 
 
 def test_a_soak_sees_what_is_not_finite(monkeypatch):
@@ -78,20 +77,21 @@ def test_a_soak_sees_what_is_not_finite(monkeypatch):
         return model
 
     monkeypatch.setattr(soak, "_built", broken)
-    (seen,) = soak.soak(CPU, steps=2, every=2, deadline=never(), tiny=True)
+    (seen,) = soak.soak(CPU, steps=2, every=2, tiny=True)
     assert not seen["finite"]
 
 
-def test_a_soak_complains_of_growth_of_compilation_and_of_nan():
+def test_a_soak_complains_of_growth_of_compilation_of_nan_and_of_its_end():
     from benchmarks.soak import complaints
 
     steps = range(100, 1100, 100)
-    assert complaints([mark(step) for step in steps]) == []
+    assert complaints([mark(step) for step in steps], 1000) == []
     on_a_cpu = {"allocated_mib": None, "reserved_mib": None}
-    assert complaints([mark(step, **on_a_cpu) for step in steps]) == []
+    assert complaints([mark(step, **on_a_cpu) for step in steps], 1000) == []
     for key, a_step in (("allocated_mib", 0.01), ("reserved_mib", 1.0), ("resident_mib", 0.3)):
         growing = [mark(step, **{key: 100 + a_step * step}) for step in steps]
-        assert [line.partition(":")[0] for line in complaints(growing)] == [key]
-    assert "variants: 30" in complaints([*(mark(step) for step in steps), mark(1100, variants=31)])[0]
-    assert "step 500" in complaints([mark(step, finite=step != 500) for step in steps])[0]
-    assert "too few" in complaints([mark(100)])[0]
+        assert [line.partition(":")[0] for line in complaints(growing, 1000)] == [key]
+    assert "variants: 30" in complaints([*(mark(step) for step in steps), mark(1100, variants=31)], 1100)[0]
+    assert "step 500" in complaints([mark(step, finite=step != 500) for step in steps], 1000)[0]
+    assert complaints([mark(step) for step in steps], 3000) == ["it ended after 1000 of 3000 steps"]
+    assert "too few" in complaints([mark(100)], 100)[0]

@@ -271,7 +271,7 @@ def test_the_tables_show_ratios_missing_memory_and_open_ends():
     assert "| qwen3 (not finished) | – |" in shown
 
     looked = [mark(step) for step in (100, 200, 300, 400)]
-    shown = section({**machine, "soak": {"marks": looked, "complaints": [], "skipped": 0}})
+    shown = section({**machine, "soak": {"marks": looked, "complaints": []}})
     assert "400 steps" in shown
     assert "reserved 900, 900, 900 MiB" in shown
     assert "Wrong: it leaks." in section({**machine, "soak": {"marks": looked, "complaints": ["it leaks"]}})
