@@ -24,7 +24,7 @@ import matplotlib.pyplot as plt
 from benchmarks.peers import NAMES
 
 _COLORS = ("#9e9e9e", "#5f6b7a", "#e69f00", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#b59f00", "#0047ab")
-COLORS = dict(zip(NAMES, _COLORS, strict=True))
+COLORS = {**dict(zip(NAMES, _COLORS, strict=True)), "liger, recompute": "#8fb3f0"}
 Case = dict[str, Any]
 Record = dict[str, Any]
 
@@ -104,8 +104,9 @@ def _against_size(axes: Any, rows: list[Record], key: str) -> None:
 def sweep_picture(group: Record, device: str, file: Path) -> None:
     """Write the picture of one model: tokens per second and memory against the size, a cross where memory ran out."""
     figure, (speed, memory) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
-    _against_size(speed, group["rows"], "tokens_per_second")
-    _against_size(memory, group["rows"], "peak_gib")
+    rows = [row for row in group["rows"] if row["sequence"] == group["rows"][0]["sequence"]]
+    _against_size(speed, rows, "tokens_per_second")
+    _against_size(memory, rows, "peak_gib")
     speed.set_ylabel("tokens / s")
     memory.set_ylabel("peak GiB")
     speed.legend(frameon=False, fontsize=8)
