@@ -108,8 +108,11 @@ def test_all_logits_but_one_minus_infinity(device, path, dtype, reduction):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("with_bias", [False, True])
 def test_many_rows_of_an_odd_vocabulary_match_fp64(device, path, dtype, with_bias):
-    """From 128 rows on, columns beside whole lines are multiplied apart."""
-    x, weight, bias, target = some(131, 8, 1091, device, dtype, ignored=[5])
+    """From 128 rows on, columns beside whole lines are multiplied apart.
+
+    With a bias, cuBLAS rounds whole lines twice: of width 512 torch's own product of all columns does so too.
+    """
+    x, weight, bias, target = some(131, 512, 1091, device, dtype, ignored=[5])
     upstream = upstream_of("none", 131, device)
     check(x, weight, bias if with_bias else None, target, upstream, reduction="none")
 
