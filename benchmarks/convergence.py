@@ -6,7 +6,8 @@ All runs see the same batches in the same order. Stock and patched start from th
 others, and how far those are apart is the yardstick: a difference that is smaller than what another seed makes changes
 nothing for whoever trains. Weights are fp32 and the operations bf16 by autocast, as a trainer with
 `bf16=True` has it. In weights of bf16 an update of less than a 256th of the weight is lost, and the curves would show
-that rounding and not the kernels. The families run at once, each in a process of its own.
+that rounding and not the kernels. The families run at once, each in a process of its own. The exit status is 1 when one is not within, or not
+finished.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ STEPS, BATCH, SEQUENCE, RATE, WARM_UP = 300, 8, 512, 6e-4, 30
 LAST_STEPS = 20
 """The steps at the end over which a final loss is the mean."""
 OTHER_SEEDS = 3
+WITHIN = "within the spread"
 
 _SIZES = {
     "vocab_size": 16384, "hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 7,
@@ -147,6 +149,13 @@ def within(judgement: dict[str, Any]) -> bool:
     )
 
 
+def verdict(entry: dict[str, Any]) -> str:
+    """What is said of a family at the end: WITHIN, or why not."""
+    if "final" not in entry:
+        return "not finished"
+    return WITHIN if within(entry) else "NOT within the spread"
+
+
 def main() -> None:
     """Train the families that were asked for."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.convergence", description=__doc__.partition("\n")[0])
@@ -179,10 +188,9 @@ def main() -> None:
         print(f"{time.monotonic() - began:4.0f} s  {job.family:<8} {shown}", flush=True)
         if options.json:
             write(options.json, results)
-    for family in families:
-        entry = results["convergence"][family]
-        verdict = "skipped" if "final" not in entry else f"{'' if within(entry) else 'NOT '}within the spread"
-        print(f"{family:<8} {verdict}")
+    judgements = {family: verdict(results["convergence"][family]) for family in families}
+    print(*(f"{family:<8} {found}" for family, found in judgements.items()), sep="\n")
+    sys.exit(any(found != WITHIN for found in judgements.values()))
 
 
 if __name__ == "__main__":

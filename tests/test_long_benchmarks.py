@@ -38,21 +38,23 @@ def test_stock_and_patched_see_the_same_and_another_seed_does_not(tmp_path):
 
 
 def test_a_run_that_is_cut_short_is_not_judged_and_one_that_drifts_is_not_within():
-    from benchmarks.convergence import Job, judged, train, within
+    from benchmarks.convergence import WITHIN, Job, judged, train, verdict, within
 
     reported = []
     train(Job("llama", CPU, time.monotonic(), tiny=True), reported.append)
     assert [report["losses"] for report in reported] == [[]]
+    assert verdict({"runs": {}}) == "not finished"
 
     stock = [5 - 0.01 * step for step in range(100)]
     runs = {name: {"losses": stock} for name in ("stock", "patched")}
     assert judged({"runs": runs}) == {}
     runs["seed 1"] = {"losses": [loss + 0.02 for loss in stock]}
     assert within(judged({"runs": runs}))
+    assert verdict(judged({"runs": runs})) == WITHIN
     wandering = [loss + 0.05 * math.sin(step) for step, loss in enumerate(stock[:80])] + stock[80:]
     assert not within(judged({"runs": {**runs, "patched": {"losses": wandering}}})), "it ends where stock does"
     higher = [*stock[:80], *(loss + 0.03 for loss in stock[80:])]
-    assert not within(judged({"runs": {**runs, "patched": {"losses": higher}}}))
+    assert verdict(judged({"runs": {**runs, "patched": {"losses": higher}}})) == "NOT within the spread"
     assert judged({"runs": {**runs, "patched": {"losses": stock[:50]}}}) == {}
 
 
