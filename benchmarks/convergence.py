@@ -6,8 +6,8 @@ All runs see the same batches in the same order. Stock and patched start from th
 others, and how far those are apart is the yardstick: a difference that is smaller than what another seed makes changes
 nothing for whoever trains. Weights are fp32 and the operations bf16 by autocast, as a trainer with
 `bf16=True` has it. In weights of bf16 an update of less than a 256th of the weight is lost, and the curves would show
-that rounding and not the kernels. The families run at once, each in a process of its own. The exit status is 1 when one is not within, or not
-finished.
+that rounding and not the kernels. The families run at once, each in a process of its own. The exit status is 1 when one
+is not within, or not finished.
 """
 
 from __future__ import annotations
