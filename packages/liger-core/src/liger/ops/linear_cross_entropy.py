@@ -1,4 +1,4 @@
-r"""Linear layer and cross entropy in one, which never holds the whole (M, V) logits.
+r"""Linear layer and cross entropy in one, which does not hold the whole (M, V) logits.
 
     logits = x Wᵀ + b             loss = Σ_rows loss_row(logits, target) / denominator
     dx = dlogits W                dW = dlogitsᵀ x                db = Σ_rows dlogits
@@ -49,7 +49,7 @@ from liger.ops.upstream_scale import early_and_late, scaled
 
 FEW_LOGITS = 2**24
 """Up to so many, on a GPU, the layer and `cross_entropy` one after the other: the host's time is what counts there, and
-the logits and their gradient take a quarter of a chunk's memory."""
+the logits and their gradient take a quarter of a chunk's memory in bf16, half of it in fp32."""
 
 
 def _outputs(
@@ -138,12 +138,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return *given((dx, dw, db), ctx.needs, weight, bias), *(None,) * 6
 
 
-def _are_few(logits: int, *tensors: Tensor | None) -> bool:
+def _are_few(logits: int, input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """Whether the logits may exist as a whole. In a compiled graph no host waits, and there the op is in one piece."""
-    input, *others = tensors
-    assert input is not None
     few = logits <= FEW_LOGITS and input.is_cuda and not torch.compiler.is_compiling()
-    return few and runs_kernels(input, *others)
+    return few and runs_kernels(input, weight, bias)
 
 
 def linear_cross_entropy(
@@ -161,10 +159,11 @@ def linear_cross_entropy(
     denominator: float | Tensor | None = None,
     accum_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """`cross_entropy(F.linear(input, linear_weight, linear_bias), target, …)` that never holds the logits.
+    """`cross_entropy(F.linear(input, linear_weight, linear_bias), target, …)` that holds the logits a chunk at a time.
 
     Only the gradients that are asked for cost time and memory; a frozen weight has none. Under autocast the products
-    run in its dtype, as F.linear's would, and the gradients have the dtypes of input and weight.
+    run in its dtype, as F.linear's would, and the gradients have the dtypes of input and weight. On a GPU up to 2²⁴
+    logits exist at once, until backward: they cost less memory than a chunk, and the host less time.
 
     Args:
         input: (..., H), fp32, bf16, fp16 or fp64.
