@@ -101,7 +101,6 @@ def soak(
     attention: str = "sdpa",
 ) -> list[Mark]:
     """Take the steps. Returns what was seen after each `every` of them."""
-    torch.backends.cuda.enable_cudnn_sdp(False)
     model = _built(device, tiny, patched, attention)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     longest, largest = (24, 3) if tiny else (LONGEST, LARGEST)
@@ -170,6 +169,7 @@ def main() -> None:
     options = parser.parse_args()
     began, device = time.monotonic(), torch.device(options.device)
     results = {"device": device_name(device), "versions": versions()}
+    torch.backends.cuda.enable_cudnn_sdp(False)
 
     def save(marks: list[Mark]) -> None:
         print(f"{time.monotonic() - began:4.0f} s  {marks[-1]}", flush=True)
