@@ -274,6 +274,16 @@ def test_a_forward_inside_a_forward_takes_its_own_labels(pair, inputs):
     assert inner[1].loss is None
 
 
+def test_logits_of_an_earlier_forward_may_be_read_inside_another(pair, inputs):
+    stock, patched = pair
+    ids, others = inputs["input_ids"], inputs["input_ids"].flip(0)
+    earlier, read = patched(others, labels=inputs["labels"]).logits, []
+    patched.model.register_forward_pre_hook(lambda *_: read.append(earlier + 0))
+    assert_same_loss_and_gradients(pair, **inputs)
+    torch.testing.assert_close(read[0], stock(others).logits)
+    assert isinstance(patched(ids, labels=inputs["labels"]).logits, LazyLogits)
+
+
 def test_without_labels_everything_is_stock_bit_for_bit(pair, inputs):
     ids = inputs["input_ids"]
     for train in (True, False):

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import threading
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,18 +26,8 @@ import torch
 from torch import Tensor, nn
 
 from liger.known_code import foreign_global
-from liger.loss_request import AfterHead, LossRequest, StockLoss, stock_loss_of
+from liger.loss_request import AfterHead, LossRequest, StockLoss, running, stock_loss_of
 from liger.sharded_head import before_the_instance, has_transformers_forward, is_taken_away
-
-
-class _Running(threading.local):
-    """The requests of the forwards that are running in this thread, by the model and the heads that answer them."""
-
-    def __init__(self) -> None:
-        self.requests: dict[nn.Module, LossRequest | None] = {}
-
-
-_running = _Running()
 
 _GATHERING = ("accelerate.", "deepspeed.", "torch.distributed.", "transformers.")
 """Whose hooks on a head make its weight whole, and do not look at its output."""
@@ -142,7 +131,7 @@ class CausalLM:
 
         @functools.wraps(stock)
         def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            request, requests = requested(self, args, kwargs), _running.requests
+            request, requests = requested(self, args, kwargs), running.requests
             if request is None and self not in requests:
                 return stock(self, *args, **kwargs)
             heads = list(spec.heads(self).values())
@@ -162,7 +151,7 @@ class CausalLM:
             return output if request is None else request.with_lazy_logits(output)
 
         def loss_function(self: nn.Module) -> Callable[..., Tensor]:
-            request = _running.requests.get(self)
+            request = running.requests.get(self)
             return stock_loss.fget(self) if request is None else request.loss_function
 
         return {"forward": forward, "loss_function": property(loss_function, stock_loss.fset)}
@@ -181,7 +170,7 @@ def _answering(stock: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
     @functools.wraps(stock)
     def forward(self: nn.Module, input: Tensor) -> Tensor:
-        request = _running.requests.get(self)
+        request = running.requests.get(self)
         if request is None or not request.can_fuse(self, input):
             return stock(self, input)
         return request.compute_in(self, input)

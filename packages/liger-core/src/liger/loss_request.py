@@ -7,6 +7,7 @@ gathers a head of its own there.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
@@ -150,7 +151,13 @@ class LossRequest:
                 torch.set_grad_enabled(grad),
                 torch.autocast(hidden.device.type, autocast, enabled=autocast is not None),
             ):
-                return after_head(call_again(head, hidden, shape)).to(dtype)
+                # A forward that is running meanwhile asks the head for its own loss, not for that of these states.
+                asked = running.requests.pop(head, None)
+                try:
+                    return after_head(call_again(head, hidden, shape)).to(dtype)
+                finally:
+                    if asked is not None:
+                        running.requests[head] = asked
 
         return recompute
 
@@ -206,6 +213,16 @@ class LossRequest:
             if value is placeholder:
                 output[name] = lazy
         return output
+
+
+class _Running(threading.local):
+    """The requests of the forwards that are running in this thread, by the model and the heads that answer them."""
+
+    def __init__(self) -> None:
+        self.requests: dict[nn.Module, LossRequest | None] = {}
+
+
+running = _Running()
 
 
 class _Upstream:
