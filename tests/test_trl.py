@@ -1,4 +1,7 @@
-"""TRL's trainers on a patched model: they bring a fused head, ours steps aside, and they log what they log on stock."""
+"""TRL's trainers on a patched model: they bring a fused head, ours steps aside, and they log what they log on stock.
+
+Over 300 lines: the trainers share their set-up and the comparison of their logs.
+"""
 
 from __future__ import annotations
 
