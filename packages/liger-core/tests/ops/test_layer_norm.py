@@ -18,7 +18,7 @@ DTYPES = [
     pytest.param(torch.bfloat16, torch.float32, id="bf16-fp32weight"),
     pytest.param(torch.float32, torch.bfloat16, id="fp32-bf16weight"),
 ]
-SHAPES = [(1, 5), (3, 7), (2, 5, 64), (9, 80), (67, 300), (3, 4096), (2, 5000), (7, 9001), (2, 33000)]
+SHAPES = [(1, 5), (3, 7), (2, 5, 64), (9, 80), (67, 300), (3, 4096), (2, 5000), (7, 9001)]
 
 
 def torch_layer_norm(x, weight, bias, eps):

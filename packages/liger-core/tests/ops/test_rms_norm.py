@@ -16,7 +16,7 @@ DTYPES = [
     pytest.param(torch.float16, torch.float16, id="fp16"),
     pytest.param(torch.bfloat16, torch.float32, id="bf16-fp32weight"),
 ]
-SHAPES = [(1, 3), (3, 7), (2, 5, 64), (9, 80), (17, 300), (3, 4096), (2, 5000), (7, 9001), (2, 33000)]
+SHAPES = [(1, 3), (3, 7), (2, 5, 64), (9, 80), (17, 300), (3, 4096), (2, 5000), (7, 9001)]
 
 
 def check(x, weight, dy, **options) -> None:
