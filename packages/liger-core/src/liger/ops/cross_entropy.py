@@ -114,10 +114,15 @@ def check_labels(op: str, target: Tensor, classes: int, ignore_index: int) -> No
         raise IndexError(f"{op}: label {value} is out of range: expected 0 to {classes - 1}, or {ignore_index}")
 
 
-def constant(op: str, name: str, value: float) -> float:
-    """`value` as a float; refuses a tensor that waits for a gradient, which would train as if it were frozen."""
+def _refuse_learned(op: str, name: str, value: float | Tensor | None) -> None:
+    """Refuse a tensor that waits for a gradient: it would train as if it were frozen."""
     if isinstance(value, Tensor) and value.requires_grad:
         raise ValueError(f"{op}: {name} requires a gradient and would get none: it is a constant here")
+
+
+def constant(op: str, name: str, value: float) -> float:
+    """`value` as a float; refuses one that is learned."""
+    _refuse_learned(op, name, value)
     return float(value)
 
 
@@ -155,8 +160,7 @@ def check_arguments(
         raise ValueError(f"{op}: a denominator divides a sum, but reduction is 'none'")
     if isinstance(denominator, Tensor) and denominator.numel() != 1:
         raise ValueError(f"{op}: denominator has shape {tuple(denominator.shape)}, expected one number")
-    if isinstance(denominator, Tensor) and denominator.requires_grad:
-        raise ValueError(f"{op}: denominator requires a gradient and would get none: it is a constant here")
+    _refuse_learned(op, "denominator", denominator)
     if options.softcap is not None and not options.softcap > 0:
         raise ValueError(f"{op}: softcap must be positive or None, not {options.softcap}")
     if not 0 <= options.label_smoothing <= 1:
