@@ -138,7 +138,8 @@ def assert_same_log(ours, theirs):
     for our_entry, their_entry in zip(ours, theirs, strict=True):
         ours_now, theirs_now = dict(our_entry), dict(their_entry)
         for prefix in ("", "eval_"):
-            if abs(theirs_now.get(f"{prefix}rewards/margins", 1.0)) < ABSOLUTE:  # rounding decides who is ahead
+            # Of two equal rewards a GPU's rounding decides which is ahead.
+            if HAS_GPU and abs(theirs_now.get(f"{prefix}rewards/margins", 1.0)) < ABSOLUTE:
                 ours_now.pop(f"{prefix}rewards/accuracies", None)
                 theirs_now.pop(f"{prefix}rewards/accuracies", None)
         assert ours_now == pytest.approx(theirs_now, rel=RELATIVE, abs=ABSOLUTE, nan_ok=True)

@@ -107,12 +107,13 @@ def test_all_logits_but_one_minus_infinity(device, path, dtype, reduction):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("with_bias", [False, True])
-def test_many_rows_of_an_odd_vocabulary_match_fp64(device, path, dtype, with_bias):
-    """From 128 rows on, columns beside whole lines are multiplied apart.
-
-    With a bias, cuBLAS rounds whole lines twice: of width 512 torch's own product of all columns does so too.
-    """
-    x, weight, bias, target = some(131, 512, 1091, device, dtype, ignored=[5])
+@pytest.mark.parametrize("width", [8, 512])
+def test_many_rows_of_an_odd_vocabulary_match_fp64(request, device, path, dtype, with_bias, width):
+    """From 128 rows on, columns beside whole lines are multiplied apart."""
+    if device.type == "cuda" and dtype == torch.bfloat16 and with_bias and width == 8:
+        reason = "cuBLAS rounds whole lines before it adds the bias, and torch's own product of all columns after"
+        request.applymarker(pytest.mark.xfail(reason=reason, strict=False))  # at width 512 it does so too
+    x, weight, bias, target = some(131, width, 1091, device, dtype, ignored=[5])
     upstream = upstream_of("none", 131, device)
     check(x, weight, bias if with_bias else None, target, upstream, reduction="none")
 
