@@ -20,6 +20,7 @@ from benchmarks.step import MODELS, training_steps
 from benchmarks.training import WAYS
 
 OPS = tuple(dict.fromkeys(case.op for case in CASES))
+SHAPES = tuple(dict.fromkeys(case.shape for case in CASES))
 
 
 def _arguments() -> argparse.Namespace:
@@ -31,6 +32,7 @@ def _arguments() -> argparse.Namespace:
         "--peer", action="append", choices=list(dict.fromkeys([*NAMES, *WAYS])), help="may be repeated; all without it"
     )
     parser.add_argument("--model", action="append", choices=list(MODELS), help="for --op step; all that fit without it")
+    parser.add_argument("--shape", action="append", choices=SHAPES, metavar="M×N", help="may be repeated; see CASES")
     parser.add_argument("--quick", action="store_true", help="each op at its first shape")
     parser.add_argument("--all", action="store_true", help="more shapes than those of the README's table")
     parser.add_argument("--tiny", action="store_true", help="sizes that prove the program runs, and nothing else")
@@ -38,6 +40,17 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--json", type=Path, help="write every figure to this file, after every case")
     parser.add_argument("--add", action="store_true", help="keep what else the file holds; the same machine's only")
     return parser.parse_args()
+
+
+def _selected(options: argparse.Namespace) -> list[Case]:
+    """The cases that the command line asks for."""
+    cases = [case for case in CASES if not options.op or case.op in options.op]
+    if options.shape:
+        return [case for case in cases if case.shape in options.shape]
+    cases = [case for case in cases if options.all or not case.more]
+    if options.quick or options.tiny:
+        return [next(case for case in cases if case.op == op) for op in dict.fromkeys(case.op for case in cases)]
+    return cases
 
 
 def _kept(file: Path, device: str) -> dict[str, Any]:
@@ -105,13 +118,7 @@ def main() -> None:
             write(options.json, results)
 
     began = time.perf_counter()
-    seen: set[str] = set()
-    for case in CASES:
-        if case.op not in ops or (case.op in seen and (options.quick or options.tiny)):
-            continue
-        if case.more and not options.all:
-            continue
-        seen.add(case.op)
+    for case in _selected(options):
         if options.tiny:
             case = dataclasses.replace(case, sizes=case.tiny)
         measured = {}

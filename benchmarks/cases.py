@@ -143,12 +143,12 @@ def _add_rms_norm(*sizes: int) -> Case:
     )  # fmt: skip
 
 
-def _layer_norm(*sizes: int) -> Case:
+def _layer_norm(*sizes: int, more: bool = False) -> Case:
     rows, columns = sizes
     return Case(
         "layer_norm", sizes, (64, columns), lambda s, d: _norm(s, d, bias=True), peers.LAYER_NORM,
         lambda x, weight, bias: F.layer_norm(x, x.shape[-1:], weight, bias, 1e-5), chunk=rows,
-        moved=10 * rows * columns,
+        moved=10 * rows * columns, more=more,
     )  # fmt: skip
 
 
@@ -222,7 +222,7 @@ CASES: tuple[Case, ...] = (
     _rms_norm(4096, 16384, more=True), _rms_norm(1048576, 64, more=True), _rms_norm(1048576, 128, more=True),
     _rms_norm(524288, 256, more=True),
     _add_rms_norm(32768, 2048), _add_rms_norm(16384, 4096),
-    _layer_norm(16384, 2560), _layer_norm(16384, 4096),
+    _layer_norm(16384, 2560), _layer_norm(16384, 4096), _layer_norm(4096, 16384, more=True),
     _swiglu(8192, 14336),
     _geglu(16384, 9216),
     _rope(4, 4096, 32, 8, 128), _rope(1, 16384, 16, 8, 256),

@@ -9,7 +9,7 @@ from benchmarks.models import SHAPES, Shape
 
 Size = tuple[int, int]
 
-WARM_UP, FEWEST, MOST = 1, 2, 6
+WARM_UP, FEWEST, MOST = 1, 2, 20
 """Steps that do not count at each size, and the fewest and the most that do."""
 START, COMPILATION = 8.0, 20.0
 """Seconds until a process has a model and its first step, and for torch.compile at each size."""
@@ -67,6 +67,9 @@ def _recomputed(model: str, *batches: int) -> tuple[Group, Group]:
     return Group(model, False, tuple((batch, 4096) for batch in batches), ways), _longest(model, ways=ways)
 
 
+_FEW_TOKENS = ((1, 256), (1, 512), (1, 1024), (1, 2048))
+"""Sizes of which a step waits for the host."""
+
 PLANS = {
     75: (
         _sweep("llama-1b", 1, 2, 4, 8),
@@ -86,6 +89,7 @@ PLANS = {
         _sweep("phi3-mini", 1, 2),
         _sweep("gemma2-2b", 1, 2, sequence=2048),
         Group("llama-1b", False, ((1, 4096),), ways=("compile",)),
+        Group("llama-1b", False, _FEW_TOKENS),
     ),
     130: (
         _sweep("llama-8b", 1, 4, 8, checkpointing=True),
@@ -98,6 +102,7 @@ PLANS = {
         _longest("llama-1b"),
         _sweep("llama-8b", 1, 2, 4),
         Group("llama-1b", False, ((4, 4096),), ways=("compile",)),
+        Group("llama-1b", False, _FEW_TOKENS),
         _sweep("phi3-mini", 1, 4),
         _sweep("gemma2-2b", 1, 2),
         _sweep("qwen3-1.7b", 1, 4, 8),

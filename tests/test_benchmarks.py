@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import subprocess
 import sys
@@ -45,6 +46,23 @@ def test_every_case_has_a_positive_floor_and_its_peers_in_order():
         assert list(case.peers) == [name for name in NAMES if name in case.peers]
         assert {"eager", "compile", "liger"} <= case.peers.keys()
         assert case.peers.keys() & {"liger-kernel", "trl"}, f"{case.op}: what its users would install"
+
+
+def test_cases_are_chosen_by_op_and_shape():
+    from benchmarks.__main__ import _selected
+
+    def shapes(op, **options):
+        asked = argparse.Namespace(
+            **{"op": [op], "shape": None, "all": False, "quick": False, "tiny": False, **options}
+        )
+        return [case.shape for case in _selected(asked)]
+
+    assert shapes("swiglu") == ["8192×14336"]
+    assert shapes("layer_norm", quick=True) == ["16384×2560"]
+    assert shapes("layer_norm") == ["16384×2560", "16384×4096"]
+    assert shapes("layer_norm", all=True) == ["16384×2560", "16384×4096", "4096×16384"]
+    assert shapes("layer_norm", shape=["4096×16384"]) == ["4096×16384"]
+    assert shapes("experts") == []
 
 
 def test_absent_peers_are_named(monkeypatch):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import sys
 import weakref
 
 import pytest
@@ -16,12 +15,6 @@ from liger.ops import linear_chunks, linear_slices
 from liger.patch import apply_adapters
 from liger.testing import TINY
 from liger.testing.tiny import batch
-
-
-@pytest.fixture(autouse=True)
-def chunks_of_any_size(monkeypatch):
-    """On a GPU the few logits of a test would not go through chunks, which are what most tests are about."""
-    monkeypatch.setattr(sys.modules["liger.ops.linear_cross_entropy"], "FEW_LOGITS", 0)
 
 
 @pytest.fixture

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -97,6 +99,24 @@ def test_more_rows_than_programs_sum_to_the_same_bits_every_time(device, path):
     runs = [torch.autograd.grad(layer_norm(x, weight, bias), (weight, bias), dy) for _ in range(2)]
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
     check(x, weight, bias, dy)
+
+
+@pytest.mark.gpu
+def test_only_few_elements_are_torchs(device, monkeypatch):
+    module = sys.modules["liger.ops.layer_norm"]
+    monkeypatch.setattr(module, "FEW_ELEMENTS", 4 * 64)
+    x = torch.randn(4, 64, device=device, dtype=torch.bfloat16, requires_grad=True)
+    weight, bias = torch.rand(2, 64, device=device, dtype=torch.bfloat16)
+    assert torch.equal(layer_norm(x, weight, bias), F.layer_norm(x, (64,), weight, bias))
+
+    def function(*args):
+        return type(layer_norm(*args).grad_fn).__name__
+
+    assert function(x, weight, bias) == "NativeLayerNormBackward0"
+    assert function(torch.cat([x, x]), weight, bias) == "liger::layer_normBackward"
+    assert function(x, weight.float(), bias.float()) == "liger::layer_normBackward"
+    with torch.autocast("cuda", torch.bfloat16):
+        assert function(x, weight, bias) == "liger::layer_normBackward"
 
 
 def test_fp64_is_torchs_own(device):

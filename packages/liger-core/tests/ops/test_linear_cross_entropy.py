@@ -108,11 +108,8 @@ def test_all_logits_but_one_minus_infinity(device, path, dtype, reduction):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("with_bias", [False, True])
 @pytest.mark.parametrize("width", [8, 512])
-def test_many_rows_of_an_odd_vocabulary_match_fp64(request, device, path, dtype, with_bias, width):
+def test_many_rows_of_an_odd_vocabulary_match_fp64(device, path, dtype, with_bias, width):
     """From 128 rows on, columns beside whole lines are multiplied apart."""
-    if device.type == "cuda" and dtype == torch.bfloat16 and with_bias and width == 8:
-        reason = "cuBLAS rounds whole lines before it adds the bias, and torch's own product of all columns after"
-        request.applymarker(pytest.mark.xfail(reason=reason, strict=False))  # at width 512 it does so too
     x, weight, bias, target = some(131, width, 1091, device, dtype, ignored=[5])
     upstream = upstream_of("none", 131, device)
     check(x, weight, bias if with_bias else None, target, upstream, reduction="none")
@@ -160,15 +157,14 @@ def test_only_few_logits_exist_as_a_whole(device, monkeypatch):
     tensors = [t.requires_grad_() if t.is_floating_point() else t for t in some(12, 8, 50, device)]
     x, weight, bias, target = tensors
 
-    def functions():
-        node = linear_cross_entropy(x, weight, target, linear_bias=bias).grad_fn
-        return [type(node).__name__, *(type(after).__name__ for after, _ in node.next_functions if after is not None)]
+    def function():
+        return type(linear_cross_entropy(x, weight, target, linear_bias=bias).grad_fn).__name__
 
-    assert "liger::linear_cross_entropyBackward" in functions()
+    assert function() == "liger::linear_cross_entropyBackward"
     monkeypatch.setattr(module, "FEW_LOGITS", 12 * 50)
-    assert functions() == ["liger::cross_entropyBackward", "AddmmBackward0"]
+    assert function() == "liger::cross_entropyBackward"
     monkeypatch.setattr(module, "FEW_LOGITS", 12 * 50 - 1)
-    assert "liger::linear_cross_entropyBackward" in functions()
+    assert function() == "liger::linear_cross_entropyBackward"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)

@@ -22,7 +22,8 @@ from liger.ops.once_differentiable import once_differentiable
 
 Activation = Literal["silu", "gelu", "gelu_tanh"]
 
-_BLOCK = 2048  # elements a program handles: two or more accesses of 16 bytes in flight per thread and tensor
+_BLOCK = 512  # elements a program handles: many small ones, since a thread's arithmetic lets its memory accesses wait
+_ELEMENTS = 256  # of a warp: one access of 16 bytes per thread and tensor
 
 
 @jit(varying=())
@@ -161,7 +162,7 @@ def _launch_forward(gate: Tensor, up: Tensor | None, out: Tensor, activation: Ac
         programs, block, *columns_and_strides, _ = _layout(gate, up)
         launch(
             _forward_kernel, (programs,), gate, up, out, *columns_and_strides,
-            ACTIVATION=activation, JOINED=up is None, BLOCK=block, num_warps=max(block // 512, 1),
+            ACTIVATION=activation, JOINED=up is None, BLOCK=block, num_warps=max(block // _ELEMENTS, 1),
         )  # fmt: skip
 
 
@@ -173,7 +174,7 @@ def _launch_backward(
         launch(
             _backward_kernel, (programs,), dout, gate, up, dgate, dup, *columns_and_strides,
             ACTIVATION=activation, JOINED=up is None, NEEDS_DGATE=dgate is not None,
-            NEEDS_DUP=dup is not None or up is None, BLOCK=block, num_warps=max(block // 512, 1),
+            NEEDS_DUP=dup is not None or up is None, BLOCK=block, num_warps=max(block // _ELEMENTS, 1),
         )  # fmt: skip
 
 

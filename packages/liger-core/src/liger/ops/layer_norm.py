@@ -11,7 +11,7 @@ All of it runs in fp32 and is rounded once: y to x's dtype, whatever the dtype o
 
 μ and r (fp32, one each per row) and `x` are kept for backward. The weight's and the bias's gradients are summed by a
 fixed number of programs, each over its own rows, and then over the programs: no atomics, so the same input gives the
-same bits. Of up to 8192 columns that is one pass with dx; of more, one for each gradient.
+same bits. Few elements are torch's (see `FEW_ELEMENTS`).
 """
 
 from __future__ import annotations
@@ -27,9 +27,12 @@ from liger.ops.launch import jit, launch, next_power_of_2, runs_kernels, sm_coun
 from liger.ops.named import named
 from liger.ops.once_differentiable import once_differentiable
 
-_MAX_COLUMNS = 65536
+FEW_ELEMENTS = 2**20
+"""Up to so many, on a GPU, torch's own layer_norm: the host's time is what counts there, and its autograd is C++."""
+
+_MAX_COLUMNS = 16384
 _TILE = 4096  # elements a program holds at once when rows are short
-_WIDE = 8192  # of more columns, a row and the sums of two gradients do not fit the registers
+_WIDE = 8192  # in backward, more columns leave no registers for the weight
 _FETCHED = 65536  # bytes of shared memory a backward program may take for dy and x of its next rows
 
 
@@ -69,11 +72,11 @@ def _forward_kernel(
 def _backward_kernel(
     dy, x, weight, statistics, dx, partial, rows, columns, NEEDS_DX: tl.constexpr, HAS_WEIGHT: tl.constexpr,
     NEEDS_DW: tl.constexpr, NEEDS_DB: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
-    STAGES: tl.constexpr,
+    STAGES: tl.constexpr, RELOADS: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK_COLUMNS)
-    if HAS_WEIGHT:
+    if HAS_WEIGHT and not RELOADS:
         scale = tl.load(weight + column, mask=column < columns, other=0.0).to(tl.float32)
     dw_sum = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), dtype=tl.float32)
     db_sum = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), dtype=tl.float32)
@@ -94,6 +97,8 @@ def _backward_kernel(
             db_sum += g
         if NEEDS_DX:
             if HAS_WEIGHT:
+                if RELOADS:
+                    scale = tl.load(weight + column, mask=column < columns, other=0.0).to(tl.float32)
                 g = g * scale[None, :]
             shift = tl.sum(g, axis=1) / columns
             projection = tl.sum(g * x_hat, axis=1) / columns
@@ -107,12 +112,13 @@ def _backward_kernel(
         tl.store(partial + (sums + NEEDS_DW) * columns + column, tl.sum(db_sum, axis=0), mask=column < columns)
 
 
-def _blocks(columns: int) -> tuple[int, int, int]:
-    """(rows, columns, warps) of one program's tile."""
+def _tile(columns: int, backward: bool) -> tuple[int, int, int]:
+    """(rows, columns, warps) of what a program works on at once."""
     block_columns = next_power_of_2(columns)
     block_rows = max(1, _TILE // block_columns)
-    warps = min(max(block_rows * block_columns // 512, 4), 16 if block_columns <= 2 * _WIDE else 32)
-    return block_rows, block_columns, warps
+    if backward and block_columns > _WIDE:
+        return block_rows, block_columns, 8
+    return block_rows, block_columns, min(max(block_rows * block_columns // 512, 4), 16)
 
 
 def _launch_forward(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
@@ -121,7 +127,7 @@ def _launch_forward(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: 
     rows = x.numel() // columns
     y = torch.empty_like(x)
     statistics = x.new_empty(2, rows, dtype=torch.float32)
-    block_rows, block_columns, warps = _blocks(columns)
+    block_rows, block_columns, warps = _tile(columns, backward=False)
     if rows:
         launch(
             _forward_kernel, (-(-rows // block_rows),), x, weight, bias, y, statistics, rows, columns, eps,
@@ -136,22 +142,9 @@ def _launch_backward(
     db_dtype: torch.dtype | None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     """The gradients of x, weight and bias; those of the latter where there is a dtype for them."""
-    if x.shape[-1] <= _WIDE:
-        return _pass_backward(dy, x, weight, statistics, needs_dx, dw_dtype, db_dtype)
-    dx, _, _ = _pass_backward(dy, x, weight, statistics, needs_dx, None, None)
-    _, dw, _ = _pass_backward(dy, x, weight, statistics, False, dw_dtype, None)
-    _, _, db = _pass_backward(dy, x, weight, statistics, False, None, db_dtype)
-    return dx, dw, db
-
-
-def _pass_backward(
-    dy: Tensor, x: Tensor, weight: Tensor | None, statistics: Tensor, needs_dx: bool, dw_dtype: torch.dtype | None,
-    db_dtype: torch.dtype | None,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
-    """Those of them that one pass over the rows computes."""
     columns = x.shape[-1]
     rows = x.numel() // columns
-    block_rows, block_columns, warps = _blocks(columns)
+    block_rows, block_columns, warps = _tile(columns, backward=True)
     dtypes = [dtype for dtype in (dw_dtype, db_dtype) if dtype is not None]
     programs = -(-rows // block_rows)
     if dtypes:
@@ -163,7 +156,8 @@ def _pass_backward(
             _backward_kernel, (programs,), dy, x, weight, statistics, dx, partial, rows, columns,
             NEEDS_DX=needs_dx, HAS_WEIGHT=weight is not None, NEEDS_DW=dw_dtype is not None,
             NEEDS_DB=db_dtype is not None, BLOCK_ROWS=block_rows, BLOCK_COLUMNS=block_columns,
-            STAGES=min(max(_FETCHED // (2 * block_rows * block_columns * x.element_size()), 1), 3), num_warps=warps,
+            STAGES=min(max(_FETCHED // (2 * block_rows * block_columns * x.element_size()), 1), 3),
+            RELOADS=block_columns > _WIDE, num_warps=warps,
         )  # fmt: skip
     if partial is None:
         return dx, None, None
@@ -215,8 +209,17 @@ def layer_norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = No
     if bias is not None:
         _check_parameter("bias", bias, x)
     if runs_kernels(x, weight, bias) and 0 < x.shape[-1] <= _MAX_COLUMNS:
+        if _are_few(x, weight, bias):
+            return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
         return _LayerNorm.apply(x, weight, bias, eps)
     return reference(x, weight, bias, eps)
+
+
+def _are_few(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:
+    """Whether torch's layer_norm is the faster one. It takes one dtype, and autocast changes that of its result."""
+    few = x.numel() <= FEW_ELEMENTS and x.is_cuda and not torch.compiler.is_compiling()
+    alike = (weight is None or weight.dtype == x.dtype) and (bias is None or bias.dtype == x.dtype)
+    return few and alike and not torch.is_autocast_enabled("cuda")
 
 
 def _check_parameter(name: str, parameter: Tensor, x: Tensor) -> None:

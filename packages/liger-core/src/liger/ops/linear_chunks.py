@@ -27,6 +27,7 @@ CPU_CHUNK_BYTES = 8 * 2**20
 TILE = 128  # rows that the matmuls work on at once
 LINE = 64  # columns: rows that start 128 bytes apart, or a multiple of that, are read and written 16 bytes at a time
 _ROWS_PER_UPDATE = 1280  # rows whose product with x takes longer than reading and writing dW
+_WIDE_ROWS = 256  # rows of logits that may exist in fp32
 UPDATES = 8  # rounded this often, a sum in bf16 has 1.5 times the error of one product; 16 times 2.0, 64 times 3.8
 
 _NAMES = ("input", "linear_weight", "linear_bias")
@@ -88,10 +89,14 @@ def _columns(tensor: Tensor, part: slice | None) -> Tensor:
 def project(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
     """`out` = x Wᵀ + b, all of one dtype."""
     for part in _parts(x.shape[0], weight.shape[0]):
+        classes, logits = _rows(weight, part).t(), _columns(out, part)
         if bias is None:
-            torch.mm(x, _rows(weight, part).t(), out=_columns(out, part))
-        else:
-            torch.addmm(_rows(bias, part), x, _rows(weight, part).t(), out=_columns(out, part))
+            torch.mm(x, classes, out=logits)
+        elif part is None or x.dtype.itemsize > 2 or not x.is_cuda:
+            torch.addmm(_rows(bias, part), x, classes, out=logits)
+        else:  # of whole lines cuBLAS would round the product, and then its sum with the bias once more
+            for some, rounded in zip(x.split(_WIDE_ROWS), logits.split(_WIDE_ROWS), strict=True):
+                rounded.copy_(torch.mm(some, classes, out_dtype=torch.float32).add_(_rows(bias, part)))
 
 
 def add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:

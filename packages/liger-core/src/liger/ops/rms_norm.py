@@ -121,9 +121,8 @@ def _tile(columns: int, backward: bool) -> tuple[int, int, int]:
     block_columns = next_power_of_2(columns)
     if columns <= _SHORT:
         return 2048 // block_columns, block_columns, 4
-    if backward:
-        return max(8192 // block_columns, 1), block_columns, 8 if block_columns <= _WIDE else 32
-    return 1, block_columns, min(max(block_columns // 1024, 8), 32)
+    warps = 8 if block_columns <= _WIDE else 32
+    return max(8192 // block_columns, 1) if backward else 1, block_columns, warps
 
 
 def launch_forward(

@@ -10,6 +10,7 @@ Marker: `gpu`, for what only a GPU can show; skipped elsewhere, and counted in t
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import os
 import sys
@@ -97,6 +98,15 @@ def _gpu_memory_given_back() -> Iterator[None]:
     yield
     if HAS_GPU and torch.cuda.memory_reserved() > 2**30:
         torch.cuda.empty_cache()
+
+
+@pytest.fixture(autouse=True)
+def _kernels_of_any_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU, what a test has few of would not go through the kernels, which are what tests are about."""
+    if HAS_GPU:
+        importlib.import_module("liger.ops")
+        monkeypatch.setattr(sys.modules["liger.ops.linear_cross_entropy"], "FEW_LOGITS", 0)
+        monkeypatch.setattr(sys.modules["liger.ops.layer_norm"], "FEW_ELEMENTS", 0)
 
 
 @pytest.fixture(scope="session")
