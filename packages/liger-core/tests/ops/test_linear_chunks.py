@@ -14,6 +14,16 @@ def test_default_is_at_most_1280_rows_of_a_large_vocabulary():
     assert sum(sizes) == 8192
 
 
+@pytest.mark.parametrize(
+    ("rows", "columns", "count"),
+    [(4096, 32000, 1), (8192, 32000, 2), (16384, 32000, 2), (32768, 32000, 8), (16384, 128256, 8), (3000, 50257, 2)],
+)
+def test_the_weights_gradient_is_rounded_twice_where_rows_are_many_beside_the_classes(rows, columns, count):
+    parts = linear_chunks.chunks(rows, columns, 2, columns * 4096 * 2)
+    assert len(parts) == count
+    assert max(stop - start for start, stop in parts) * columns * 2 <= max(2**29, columns * 4096 * 2)
+
+
 @pytest.mark.parametrize("rows", [0, 1, 127, 129, 8200, 12345])
 @pytest.mark.parametrize("columns", [1, 32000, 262145])
 @pytest.mark.parametrize("weight_gradient_bytes", [0, 2**28, 2**31])
@@ -25,7 +35,8 @@ def test_cover_every_row_once_in_balanced_chunks(rows, columns, weight_gradient_
     assert all(size > 0 for size in sizes)
     assert max(sizes, default=0) - min(sizes, default=0) <= 2 * 128
     assert all(start % 128 == 0 for start, _ in parts)
-    assert max(sizes, default=0) * columns * 2 <= max(linear_chunks.CHUNK_BYTES, weight_gradient_bytes)
+    most = linear_chunks.CHUNK_BYTES * (2 if weight_gradient_bytes and linear_chunks.updates(rows, columns) == 2 else 1)
+    assert max(sizes, default=0) * columns * 2 <= max(most, weight_gradient_bytes)
 
 
 def test_memory_budget_is_obeyed_when_no_weight_gradient_is_computed(monkeypatch):

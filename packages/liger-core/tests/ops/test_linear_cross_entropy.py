@@ -350,12 +350,13 @@ def test_a_gradient_penalty_is_refused_not_left_out(device, path):
 
 
 @pytest.mark.parametrize("accum_dtype", [None, torch.float32], ids=str)
-def test_error_of_the_weights_gradient_does_not_grow_with_chunks(device, path, chunk_rows, accum_dtype):
-    """In bf16 up to 8 chunks, in fp32 beyond, unless fp32 is asked for."""
-    x, weight, bias, target = some(64, 16, 50, device, torch.bfloat16)
+@pytest.mark.parametrize("classes", [50, 300])
+def test_error_of_the_weights_gradient_does_not_grow_with_chunks(device, path, chunk_rows, accum_dtype, classes):
+    """In bf16 up to 2 chunks, or to 8 where the classes are many; in fp32 beyond, and where fp32 is asked for."""
+    x, weight, bias, target = some(64, 16, classes, device, torch.bfloat16)
     _, _, *exact = run(naive, x.double(), weight.double(), bias.double(), target)
     _, _, *own = run(naive, x, weight, bias, target)
-    for count in (1, 8, 9, 64):
+    for count in (1, 2, 3, 8, 9, 64):
         chunk_rows(-(-64 // count))
         _, _, *actual = run(linear_cross_entropy, x, weight, bias, target, accum_dtype=accum_dtype)
         for name, *three in zip(("dW", "db"), actual, own, exact, strict=True):

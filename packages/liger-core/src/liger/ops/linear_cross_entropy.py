@@ -52,16 +52,11 @@ FEW_LOGITS = 2**24
 the logits and their gradient take a quarter of a chunk's memory in bf16, half of it in fp32."""
 
 
-def _outputs(
-    input: Tensor, weight: Tensor, lse: Tensor | None, needs_input: bool, needs_weight: bool, needs_bias: bool,
-    compute_dtype: torch.dtype, accum_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """What `_run` returns, not yet filled."""
+def _row_outputs(input: Tensor, lse: Tensor | None, compute_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The loss and lse of every row, not yet filled."""
     wide = torch.promote_types(compute_dtype, torch.float32)
     rows = input.shape[0] if lse is None else 0
-    needs = (needs_input, needs_weight, needs_bias)
-    gradients = empty_gradients(input, weight, needs, compute_dtype, accum_dtype)
-    return input.new_empty(rows, dtype=wide), input.new_empty(rows, 2, dtype=wide), *gradients
+    return input.new_empty(rows, dtype=wide), input.new_empty(rows, 2, dtype=wide)
 
 
 def _run(
@@ -77,7 +72,7 @@ def _run(
     """
     options = Options(ignore_index, label_smoothing, z_loss, softcap, logit_scale)
     needs = (needs_input, needs_weight, needs_bias)
-    loss, log_sum, *gradients = _outputs(input, weight, lse, *needs, compute_dtype, accum_dtype)
+    loss, log_sum = _row_outputs(input, lse, compute_dtype)
 
     def fill(logits: Tensor, rows: slice) -> None:
         fill_rows(
@@ -87,9 +82,7 @@ def _run(
             padded=logits.stride(0),
         )  # fmt: skip
 
-    dx, dw, db = gradients
-    through_chunks(input, weight, bias, compute_dtype, fill, needs, (dx, dw, db))
-    return loss, log_sum, dx, dw, db
+    return loss, log_sum, *through_chunks(input, weight, bias, compute_dtype, accum_dtype, fill, needs)
 
 
 # For torch.compile: dynamo sees one opaque operation, not a loop to unroll. Outside it would only cost host time.
@@ -99,9 +92,11 @@ _run_as_op = torch.library.custom_op("liger::linear_cross_entropy", _run, mutate
 @_run_as_op.register_fake
 def _(
     input: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, upstream: Tensor | None,
-    denominator: Tensor | None, lse: Tensor | None, *args: Any,
+    denominator: Tensor | None, lse: Tensor | None, needs_input: bool, needs_weight: bool, needs_bias: bool,
+    compute_dtype: torch.dtype, accum_dtype: torch.dtype, *args: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    return _outputs(input, weight, lse, *args[:5])
+    gradients = empty_gradients(input, weight, (needs_input, needs_weight, needs_bias), compute_dtype, accum_dtype)
+    return *_row_outputs(input, lse, compute_dtype), *gradients
 
 
 def _runner() -> Callable[..., tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]:
@@ -172,8 +167,8 @@ def linear_cross_entropy(
         linear_bias: (V,), as the weight; None for none.
         reduction, ignore_index, label_smoothing, z_loss, softcap, logit_scale, denominator: as in `cross_entropy`.
         accum_dtype: in which the weight's gradient is summed over the chunks. None: in the weight's own (fp16: fp32),
-            or in fp32 where that is bf16 and the chunks are more than 8. torch.float32: rounded once, at the end; for a
-            bf16 weight that takes three times the gradient's memory.
+            or in fp32 where that would be rounded too often (see `liger.ops.linear_chunks`). torch.float32: rounded
+            once, at the end; for a bf16 weight that takes three times the gradient's memory.
 
     Returns:
         fp32 (fp64 for fp64 inputs): a scalar, or with reduction "none" (...), 0 where the label is ignored.

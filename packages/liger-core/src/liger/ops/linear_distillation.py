@@ -45,13 +45,9 @@ _STUDENT = ("student_input", "student_weight", "student_bias")
 _TEACHER = ("teacher_input", "teacher_weight", "teacher_bias")
 
 
-def _outputs(
-    input: Tensor, weight: Tensor, needs_input: bool, needs_weight: bool, needs_bias: bool,
-    compute_dtype: torch.dtype, accum_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """What `_run` returns, not yet filled."""
-    loss = input.new_empty(input.shape[0], dtype=torch.promote_types(compute_dtype, torch.float32))
-    return loss, *empty_gradients(input, weight, (needs_input, needs_weight, needs_bias), compute_dtype, accum_dtype)
+def _empty_loss(input: Tensor, compute_dtype: torch.dtype) -> Tensor:
+    """The loss of every row, not yet filled."""
+    return input.new_empty(input.shape[0], dtype=torch.promote_types(compute_dtype, torch.float32))
 
 
 def _run(
@@ -65,7 +61,7 @@ def _run(
     The gradients are multiplied by `upstream` (0-d or (M,)) and divided by `denominator` (0-d).
     """
     needs = (needs_input, needs_weight, needs_bias)
-    loss, dx, dw, db = _outputs(input, weight, *needs, compute_dtype, accum_dtype)
+    loss = _empty_loss(input, compute_dtype)
     w = teacher_weight.to(teacher_dtype)
     b = None if teacher_bias is None else teacher_bias.to(teacher_dtype)
 
@@ -77,8 +73,7 @@ def _run(
             upstream=upstream[rows] if upstream is not None and upstream.dim() else upstream, denominator=denominator,
         )  # fmt: skip
 
-    through_chunks(input, weight, bias, compute_dtype, fill, needs, (dx, dw, db), buffers=2)
-    return loss, dx, dw, db
+    return loss, *through_chunks(input, weight, bias, compute_dtype, accum_dtype, fill, needs, buffers=2)
 
 
 # For torch.compile: dynamo sees one opaque operation, not a loop to unroll. Outside it would only cost host time.
@@ -88,9 +83,12 @@ _run_as_op = torch.library.custom_op("liger::linear_distillation", _run, mutates
 @_run_as_op.register_fake
 def _(
     input: Tensor, weight: Tensor, bias: Tensor | None, teacher_input: Tensor, teacher_weight: Tensor,
-    teacher_bias: Tensor | None, counts: Tensor, upstream: Tensor | None, denominator: Tensor | None, *args: Any,
+    teacher_bias: Tensor | None, counts: Tensor, upstream: Tensor | None, denominator: Tensor | None,
+    needs_input: bool, needs_weight: bool, needs_bias: bool, compute_dtype: torch.dtype, accum_dtype: torch.dtype,
+    *args: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    return _outputs(input, weight, *args[:5])
+    gradients = empty_gradients(input, weight, (needs_input, needs_weight, needs_bias), compute_dtype, accum_dtype)
+    return _empty_loss(input, compute_dtype), *gradients
 
 
 def _runner() -> Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]:

@@ -72,9 +72,7 @@ def _run_forward(
         measure_rows(logits, target[rows], options, temperature, log_prob, entropy, is_top1, statistics)
 
     no = (False, False, False)
-    through_chunks(
-        input, weight, bias, compute_dtype, fill, no, empty_gradients(input, weight, no, compute_dtype, weight.dtype)
-    )
+    through_chunks(input, weight, bias, compute_dtype, weight.dtype, fill, no)
     return outputs
 
 

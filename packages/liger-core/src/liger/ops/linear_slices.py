@@ -27,6 +27,7 @@ from liger.ops.linear_chunks import (
     edges,
     empty_gradients,
     empty_logits,
+    updates,
 )
 
 
@@ -60,7 +61,8 @@ def through_slices(
     memory = min(CPU_CHUNK_BYTES, memory) if input.device.type == "cpu" else memory
     blocks, slices = grid(rows, width, weight.shape[0], compute_dtype.itemsize, memory)
     # a sum of fp16 needs fp32's range: a loss scaler's gradients are large, others smaller than fp16's least
-    sum_dtype = wide if len(blocks) > 1 and weight.dtype == torch.float16 else weight.dtype
+    in_own_dtype = 1 if weight.dtype == torch.float16 else updates(rows, weight.shape[0])
+    sum_dtype = weight.dtype if len(blocks) <= in_own_dtype else torch.promote_types(weight.dtype, torch.float32)
     dx, dw, db = empty_gradients(input, weight, (needs_input and not rows, *needs[1:]), compute_dtype, sum_dtype)
     if not rows:
         return dx, dw.zero_(), db.zero_()

@@ -28,7 +28,6 @@ from liger.ops.linear_chunks import (
     check_accum_dtype,
     check_dtypes,
     check_layer,
-    empty_gradients,
     given,
     needed,
     through_chunks,
@@ -83,7 +82,6 @@ class _VocabParallel(torch.autograd.Function):
         here = (target >= first) & (target < first + weight.shape[0])
         label = torch.where(here, target - first, weight.shape[0]).masked_fill_(ignored, _IGNORED)
         early, _ = early_and_late(denominator, dtypes[0])
-        gradients = empty_gradients(input, weight, needs, *dtypes)
         wide = torch.promote_types(dtypes[0], torch.float32)
         loss, lse = input.new_empty(target.shape, dtype=wide), input.new_empty((*target.shape, 2), dtype=wide)
 
@@ -98,7 +96,8 @@ class _VocabParallel(torch.autograd.Function):
                 fill_rows(logits, label[rows], own, None, lse[rows], logits, denominator=early, part=True)
 
         widest = -(-classes // dist.get_world_size(group))
-        through_chunks(input, weight, bias, dtypes[0], fill, needs, gradients, planned_columns=widest)
+        compute_dtype, accum_dtype = dtypes
+        gradients = through_chunks(input, weight, bias, compute_dtype, accum_dtype, fill, needs, planned_columns=widest)
         ctx.save_for_backward(input, weight, bias, label, denominator, lse, *gradients)
         ctx.needs, ctx.dtypes, ctx.options, ctx.group = needs, dtypes, own, group
         ctx.is_used = False
@@ -110,7 +109,6 @@ class _VocabParallel(torch.autograd.Function):
         input, weight, bias, label, denominator, lse, *gradients = ctx.saved_tensors
         dx, dw, db = gradients
         if ctx.is_used:
-            dx, dw, db = empty_gradients(input, weight, ctx.needs, *ctx.dtypes)
 
             def fill(logits: Tensor, rows: slice) -> None:
                 fill_rows(
@@ -118,7 +116,8 @@ class _VocabParallel(torch.autograd.Function):
                     upstream=upstream, denominator=denominator, part=True,
                 )  # fmt: skip
 
-            through_chunks(input, weight, bias, ctx.dtypes[0], fill, ctx.needs, (dx, dw, db))
+            compute_dtype, accum_dtype = ctx.dtypes
+            dx, dw, db = through_chunks(input, weight, bias, compute_dtype, accum_dtype, fill, ctx.needs)
         else:
             ctx.is_used = True
             _, late = early_and_late(denominator, ctx.dtypes[0])
