@@ -10,7 +10,7 @@ import random
 import pytest
 import torch
 
-from liger.ops import loss_rows, upstream_scale
+from liger.ops import linear_cross_entropy, loss_rows, upstream_scale
 from liger.ops.cross_entropy import cross_entropy
 from liger.testing import assert_as_exact_as
 from loss_cases import DTYPES, OPTIONS, upstream_of
@@ -278,6 +278,14 @@ def test_second_derivative_is_refused_not_wrong(device):
         gradient.sum().backward()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_without_a_z_loss_a_logit_may_be_too_large_to_square(device, path, dtype):
+    logits = torch.tensor([[1e20, 0.0]], device=device).to(dtype)
+    target = torch.tensor([0], device=device)
+    assert cross_entropy(logits, target).item() == 0
+    assert linear_cross_entropy(logits, torch.eye(2, device=device).to(dtype), target).item() == 0
+
+
 @pytest.mark.parametrize("label", [5, -1])
 def test_label_out_of_range_is_named_on_the_cpu(path, label):
     target = torch.tensor([0, label, -100])
@@ -295,6 +303,14 @@ def test_label_out_of_range_is_named_on_the_cpu(path, label):
         (torch.ones(2, dtype=torch.int64), {"reduction": "none", "denominator": 3}, ValueError, "reduction is 'none'"),
         (torch.ones(2, dtype=torch.int64), {"denominator": torch.ones(2)}, ValueError, "expected one number"),
         (torch.ones(2, dtype=torch.int64), {"softcap": 0.0}, ValueError, "softcap must be positive"),
+        (
+            torch.ones(2, dtype=torch.int64),
+            {"softcap": float("inf")},
+            ValueError,
+            "softcap must be positive and finite",
+        ),
+        (torch.ones(2, dtype=torch.int64), {"ignore_index": 1.5}, TypeError, "ignore_index must be an int, not 1.5"),
+        (torch.ones(2, dtype=torch.int32), {"ignore_index": 2**32}, ValueError, "beyond the int32 of target"),
         (torch.ones(2, dtype=torch.int64), {"label_smoothing": 1.5}, ValueError, "label_smoothing must be"),
         (
             torch.ones(2, dtype=torch.int64),

@@ -129,6 +129,7 @@ def test_fp64_is_torchs_own(device):
     ("x", "options", "error", "message"),
     [
         (torch.ones(2, 8, dtype=torch.int64), {}, TypeError, "floating-point dtype, not torch.int64"),
+        (torch.tensor(1.0), {}, ValueError, "x has no dimension"),
         (torch.ones(2, 8), {"weight": torch.ones(7)}, ValueError, r"weight has shape \(7,\), expected .* \(8,\)"),
         (torch.ones(2, 8), {"bias": torch.ones(1, 8)}, ValueError, r"bias has shape \(1, 8\), expected .* \(8,\)"),
         (torch.ones(2, 8), {"weight": torch.ones(8, device="meta")}, ValueError, "weight is on meta"),

@@ -341,6 +341,18 @@ def test_two_backwards_accumulate_into_grad(device, path):
     torch.testing.assert_close(weight.grad, 2 * once)
 
 
+@pytest.mark.parametrize("leading", [(), (5,)])
+def test_second_backward_after_the_first_ones_gradient_was_changed(device, path, leading):
+    x = torch.randn(*leading, 3, 6, device=device, requires_grad=True)
+    target = torch.zeros(*leading, 3, dtype=torch.int64, device=device)
+    loss = linear_cross_entropy(x, torch.randn(4, 6, device=device), target)
+    loss.backward(retain_graph=True)
+    once = x.grad.clone()
+    x.grad.zero_()
+    loss.backward()
+    torch.testing.assert_close(x.grad, once)
+
+
 def test_a_gradient_penalty_is_refused_not_left_out(device, path):
     x, weight, bias, target = some(3, 8, 20, device)
     loss = linear_cross_entropy(x.requires_grad_(), weight, target, linear_bias=bias)
@@ -479,7 +491,7 @@ class DTensorLike(torch.Tensor):
         ({"linear_bias": torch.ones(4)}, ValueError, r"linear_bias has shape \(4,\), expected \(5,\)"),
         ({"linear_weight": torch.ones(5, 8, device="meta")}, ValueError, "linear_weight is on meta"),
         ({"target": torch.zeros(3, dtype=torch.int64)}, ValueError, r"target has shape \(3,\), expected \(2,\)"),
-        ({"accum_dtype": torch.float16}, ValueError, "accum_dtype must be None, torch.float32"),
+        ({"accum_dtype": torch.float16}, ValueError, "accum_dtype must be None or torch.float32"),
         ({"reduction": "none", "denominator": 3}, ValueError, "reduction is 'none'"),
         *(
             ({name: torch.tensor(0.5, requires_grad=True)}, ValueError, f"{name} requires a gradient")

@@ -429,11 +429,12 @@ def test_compiles_without_a_graph_break_on_the_cpu(monkeypatch, chunk_rows, redu
         ({"target": torch.zeros(3, dtype=torch.int64)}, ValueError, r"target has shape \(3,\), expected \(2,\)"),
         ({"target": torch.zeros(2)}, TypeError, "target must be int64 or int32"),
         ({"beta": 1.5}, ValueError, "beta must be from 0 to 1, not 1.5"),
-        ({"temperature": 0.0}, ValueError, "temperature must be positive, not 0.0"),
+        ({"temperature": 0.0}, ValueError, "temperature must be positive and finite, not 0.0"),
+        ({"temperature": float("inf")}, ValueError, "temperature must be positive and finite, not inf"),
         ({"temperature": torch.tensor(2.0, requires_grad=True)}, ValueError, "temperature requires a gradient"),
         ({"beta": torch.tensor(0.5, requires_grad=True)}, ValueError, "beta requires a gradient"),
         ({"reduction": "batchmean"}, ValueError, "reduction must be 'mean', 'sum' or 'none'"),
-        ({"accum_dtype": torch.float16}, ValueError, "accum_dtype must be None, torch.float32"),
+        ({"accum_dtype": torch.float16}, ValueError, "accum_dtype must be None or torch.float32"),
     ],
 )
 def test_bad_input_is_named(changed, error, message):

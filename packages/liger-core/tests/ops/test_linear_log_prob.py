@@ -394,6 +394,23 @@ def test_compiles_without_a_graph_break_on_the_cpu(monkeypatch, chunk_rows, used
             torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize(
+    ("logits", "options", "top1"),
+    [
+        ([50.0, 60.0, 1.0], {"softcap": 1.0}, True),  # both are at the cap: the first of equals
+        ([5.0, 6.0, 1.0], {"logit_scale": 0.0}, True),
+        ([5.0, 6.0, 7.0], {"logit_scale": -1.0}, True),
+        ([5.0, 6.0, 1.0], {}, False),
+        ([float("nan"), 6.0, 1.0], {}, False),
+        ([float("-inf")] * 3, {}, False),
+    ],
+)
+def test_the_argmax_is_that_of_the_softmax(device, path, logits, options, top1):
+    x, weight = torch.ones(1, 1, device=device), torch.tensor(logits, device=device)[:, None]
+    target = torch.zeros(1, dtype=torch.int64, device=device)
+    assert linear_log_prob(x, weight, target, **options).is_top1.item() == top1
+
+
 @pytest.mark.parametrize("label", [5, -1])
 def test_label_out_of_range_is_named_on_the_cpu(path, label):
     target = torch.tensor([0, label, -100])
@@ -410,8 +427,9 @@ def test_label_out_of_range_is_named_on_the_cpu(path, label):
         ({"linear_bias": torch.ones(4)}, ValueError, r"linear_bias has shape \(4,\), expected \(5,\)"),
         ({"target": torch.zeros(3, dtype=torch.int64)}, ValueError, r"target has shape \(3,\), expected \(2,\)"),
         ({"target": torch.zeros(2)}, TypeError, "target must be int64 or int32"),
-        ({"temperature": 0.0}, ValueError, "temperature must be positive, not 0.0"),
-        ({"softcap": 0.0}, ValueError, "softcap must be positive or None"),
+        ({"temperature": 0.0}, ValueError, "temperature must be positive and finite, not 0.0"),
+        ({"temperature": float("inf")}, ValueError, "temperature must be positive and finite, not inf"),
+        ({"softcap": 0.0}, ValueError, "softcap must be positive and finite, or None"),
         ({"temperature": torch.tensor(2.0, requires_grad=True)}, ValueError, "temperature requires a gradient"),
         ({"logit_scale": torch.tensor(2.0, requires_grad=True)}, ValueError, "logit_scale requires a gradient"),
     ],

@@ -79,7 +79,12 @@ def test_matches_fp64(device, path, dtypes, cast: Cast, offset):
     check(make(device, dtypes, heads=(4, 2), columns=64, angles=2), eps=1e-5, cast=cast, offset=offset)
 
 
-@pytest.mark.parametrize("heads", [(3, 1), (1, 1), (7, 7), (2, 5)])
+def test_without_an_eps(device, path):
+    """The heads that a program has beside the last one are 0."""
+    check(make(device, heads=(3, 3)), eps=0.0)
+
+
+@pytest.mark.parametrize("heads", [(3, 1), (1, 1), (7, 7), (2, 5), (4, 0), (0, 4)])
 def test_head_counts(device, path, heads):
     check(make(device, heads=heads))
     check(make(device, heads=heads, columns=2))

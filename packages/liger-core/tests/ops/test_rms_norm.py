@@ -54,6 +54,13 @@ def test_strided_input_and_expanded_gradient(device, path):
     check(x, torch.rand(32, device=device), torch.ones(1, device=device).expand(6, 4, 32))
 
 
+@pytest.mark.parametrize("columns", [8, 2000])
+def test_without_an_eps(device, path, columns):
+    """The rows that a program has beside the last one are 0."""
+    x = torch.randn(3, columns, device=device)
+    check(x, torch.rand(columns, device=device), torch.randn_like(x), eps=0.0)
+
+
 def test_no_rows(device, path):
     x = torch.randn(0, 8, device=device, requires_grad=True)
     weight = torch.rand(8, device=device, requires_grad=True)
@@ -99,6 +106,19 @@ def test_same_bits_every_time(device, path):
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
 
+@pytest.mark.parametrize("frozen", [False, True])
+def test_second_derivative_of_chosen_tensors_is_refused_not_left_out(device, frozen):
+    x, weight = (torch.randn(*shape, device=device, requires_grad=True) for shape in ((3, 6), (6,)))
+    (dx,) = torch.autograd.grad(rms_norm(x, weight.detach() if frozen else weight).sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        torch.autograd.grad(dx.square().sum(), x)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        (dx.square().sum() + x.sum()).backward(inputs=[x])
+    if not frozen:
+        with pytest.raises(RuntimeError, match="once_differentiable"):
+            torch.autograd.grad(dx.square().sum() + weight.sum(), weight)
+
+
 def test_second_derivative_is_refused_not_wrong(device):
     x = torch.randn(2, 8, device=device, requires_grad=True)
     (dx,) = torch.autograd.grad(rms_norm(x).square().sum(), x, create_graph=True)
@@ -112,6 +132,7 @@ def test_second_derivative_is_refused_not_wrong(device):
         (torch.ones(2, 8, dtype=torch.int64), {}, TypeError, "floating-point dtype, not torch.int64"),
         (torch.ones(2, 8), {"weight": torch.ones(7)}, ValueError, r"weight has shape \(7,\), expected .* \(8,\)"),
         (torch.ones(2, 8), {"weight": torch.ones(8, device="meta")}, ValueError, "weight is on meta"),
+        (torch.tensor(1.0), {}, ValueError, "x has no dimension"),
         (torch.ones(2, 8), {"cast": "qwen"}, ValueError, "must be 'llama' or 'gemma', not 'qwen'"),
     ],
 )

@@ -54,7 +54,7 @@ def grpo_loss(
 
     Raises:
         ValueError: shapes do not fit, loss_type or importance_sampling_level is unknown, ref_log_probs or
-            max_completion_length is needed, or an argument is given that this loss_type does not read.
+            max_completion_length is needed or not positive, or an argument is given that this loss_type does not read.
         TypeError: an input is not floating-point.
     """
     op = "grpo_loss"
@@ -71,6 +71,8 @@ def grpo_loss(
         raise ValueError(
             f"{op}: max_completion_length is {max_completion_length}; 'dr_grpo' needs it, no other reads it"
         )
+    if max_completion_length is not None and max_completion_length < 1:
+        raise ValueError(f"{op}: max_completion_length must be at least 1, not {max_completion_length}")
     if num_items_in_batch is not None and loss_type != "dapo":
         raise ValueError(f"{op}: num_items_in_batch is for 'dapo', not {loss_type!r}")
     if advantages.shape == log_probs.shape[:1]:

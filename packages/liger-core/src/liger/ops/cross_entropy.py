@@ -14,6 +14,7 @@ and backward does the gradient.
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal
 
 import torch
@@ -135,6 +136,8 @@ def checked_options(
     logit_scale: float = 1.0,
 ) -> Options:
     """The options of an op's call, as plain numbers."""
+    if not isinstance(ignore_index, int):
+        raise TypeError(f"{op}: ignore_index must be an int, not {ignore_index!r}")
     return Options(
         ignore_index,
         constant(op, "label_smoothing", label_smoothing),
@@ -150,6 +153,10 @@ def check_arguments(
     """Refuse by name what the formulas do not cover; `like` has the dimensions of target and one more."""
     if target.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"{op}: target must be int64 or int32, not {target.dtype}")
+    if target.dtype == torch.int32 and not -(2**31) <= options.ignore_index < 2**31:
+        raise ValueError(f"{op}: ignore_index {options.ignore_index} is beyond the int32 of target")
+    if not like.dim():
+        raise ValueError(f"{op}: what the target labels has no dimension, expected one more than target")
     if target.shape != like.shape[:-1]:
         raise ValueError(f"{op}: target has shape {tuple(target.shape)}, expected {tuple(like.shape[:-1])}")
     if target.device != like.device:
@@ -161,8 +168,8 @@ def check_arguments(
     if isinstance(denominator, Tensor) and denominator.numel() != 1:
         raise ValueError(f"{op}: denominator has shape {tuple(denominator.shape)}, expected one number")
     _refuse_learned(op, "denominator", denominator)
-    if options.softcap is not None and not options.softcap > 0:
-        raise ValueError(f"{op}: softcap must be positive or None, not {options.softcap}")
+    if options.softcap is not None and not 0 < options.softcap < math.inf:
+        raise ValueError(f"{op}: softcap must be positive and finite, or None, not {options.softcap}")
     if not 0 <= options.label_smoothing <= 1:
         raise ValueError(f"{op}: label_smoothing must be from 0 to 1, not {options.label_smoothing}")
 

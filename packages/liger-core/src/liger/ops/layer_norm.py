@@ -204,6 +204,8 @@ def layer_norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = No
     """
     if not x.is_floating_point():
         raise TypeError(f"layer_norm: x must have a floating-point dtype, not {x.dtype}")
+    if not x.dim():
+        raise ValueError("layer_norm: x has no dimension to normalise")
     if weight is not None:
         _check_parameter("weight", weight, x)
     if bias is not None:

@@ -216,6 +216,8 @@ def check_layer(
     `names`: what the caller of `op` calls input, weight and bias.
     """
     input_name, weight_name, bias_name = names
+    if not input.dim():
+        raise ValueError(f"{op}: {input_name} has no dimension, expected (..., H)")
     if hasattr(weight, "device_mesh"):
         raise ValueError(f"{op}: {weight_name} is a DTensor: pass the whole weight, as its module's forward sees it")
     if weight.numel() == 0:
@@ -252,6 +254,8 @@ def check_dtypes(
 
 def check_accum_dtype(op: str, own: torch.dtype, accum_dtype: torch.dtype | None) -> torch.dtype:
     """The dtype that dW is summed in: `own`, unless `accum_dtype` names a wider one."""
-    if accum_dtype not in (None, own, torch.promote_types(own, torch.float32)):
-        raise ValueError(f"{op}: accum_dtype must be None, {own} or torch.float32, not {accum_dtype}")
+    wide = torch.promote_types(own, torch.float32)
+    if accum_dtype not in (None, own, wide):
+        expected = f"None or {own}" if own == wide else f"None, {own} or {wide}"
+        raise ValueError(f"{op}: accum_dtype must be {expected}, not {accum_dtype}")
     return accum_dtype or own

@@ -18,6 +18,7 @@ dtype (fp16: fp32), or in `accum_dtype`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -200,8 +201,8 @@ def linear_distillation(
     _check_pair(op, student_input, teacher_input, student_weight, teacher_weight)
     if not 0 <= beta <= 1:
         raise ValueError(f"{op}: beta must be from 0 to 1, not {beta}")
-    if not temperature > 0:
-        raise ValueError(f"{op}: temperature must be positive, not {temperature}")
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"{op}: temperature must be positive and finite, not {temperature}")
     shape = student_input.shape[:-1]
     if target is None:
         target = student_input.new_full(shape, ignore_index + 1, dtype=torch.int64)

@@ -14,6 +14,7 @@ Log-probabilities, entropies and softmax run in fp32 (fp64 inputs: all in fp64).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -191,8 +192,8 @@ def linear_log_prob(
     options = checked_options(op, ignore_index, softcap=softcap, logit_scale=logit_scale)
     check_layer(op, input, linear_weight, linear_bias)
     check_arguments(op, target, input, options, "none", None)
-    if not temperature > 0:
-        raise ValueError(f"{op}: temperature must be positive, not {temperature}")
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"{op}: temperature must be positive and finite, not {temperature}")
     check_labels(op, target, linear_weight.shape[0], ignore_index)
     compute_dtype = check_dtypes(op, input, linear_weight, linear_bias)
 

@@ -5,7 +5,7 @@ For one row x of V logits with label t, s = softcap and T = temperature:
     z        = s · tanh(logit_scale · x / s) / T                z = logit_scale · x / T without a softcap
     m        = max_j z_j               a = log Σ_j exp(z_j − m)               p_j = exp(z_j − m − a)
     log_prob = (z_t − m) − a           gap = Σ_j p_j (m − z_j)                entropy = a + gap
-    is_top1  = no class has a larger logit, and none before t the same
+    is_top1  = no class has a larger z, and none before t the same
 
 With the upstream gradients g of log_prob and h of entropy:
 
@@ -42,8 +42,9 @@ def _reference_measure(
     """`measure_rows` in plain torch."""
     counts = target != options.ignore_index
     label = torch.where(counts, target, 0).long()[:, None]
-    largest = (logits if options.logit_scale >= 0 else -logits).argmax(-1)  # the first of equals
-    z = reference_z(logits, options) / temperature
+    z = reference_z(logits, options)
+    largest = z.argmax(-1)  # the first of equals
+    z = z / temperature
     top = z.amax(-1)
     log_prob.copy_(z.gather(-1, label)[:, 0] - top)
     below = (z - top[:, None]).clamp_(min=_FAR)
@@ -55,7 +56,7 @@ def _reference_measure(
     statistics.copy_(torch.stack((top, above, gap, log_prob), -1))
     log_prob.masked_fill_(~counts, 0.0)
     entropy.copy_(torch.where(counts, above + gap, 0.0))
-    is_top1.copy_((largest == label[:, 0]) & counts)
+    is_top1.copy_((largest == label[:, 0]) & counts & ~statistics[:, 3].isnan())
 
 
 def _reference_differentiate(

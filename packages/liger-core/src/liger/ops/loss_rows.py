@@ -80,7 +80,8 @@ def _reference_fill(
         value = top - z_label + above
         if smoothing:
             value = (1 - smoothing) * value + smoothing * (top - z.mean(-1) + above)
-        value += options.z_loss * (top + above).square()
+        if options.z_loss:
+            value += options.z_loss * (top + above).square()
         loss.copy_(torch.where(counts, z_label if part else value, 0.0))
     if gradient is None:
         return

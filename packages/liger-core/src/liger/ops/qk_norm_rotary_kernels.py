@@ -121,6 +121,7 @@ def _backward_heads(
         dy_partner = tl.load(dy + head * dy_head_stride + partner[None, :], mask=inside, other=0.0).to(tl.float32)
         x32 = tl.load(x + head * x_head_stride + column[None, :], mask=inside, other=0.0).to(tl.float32)
         r = tl.rsqrt((tl.sum(x32 * x32, axis=1) / COLUMNS + eps).to(tl.float32))[:, None]
+        r = tl.where(head < HEADS, r, 0.0)  # a head that is not there would be 0 · inf without an eps
         x_hat = x32 * r
         g = dy_own * own + dy_partner * other
         if NEEDS_DW:
@@ -140,7 +141,7 @@ def _backward_kernel(
     cos_batch_stride, cos_token_stride, eps,
     OFFSET: tl.constexpr, NEEDS_DW: tl.constexpr, HEADS1: tl.constexpr, HEADS2: tl.constexpr, COLUMNS: tl.constexpr,
     ROTATED: tl.constexpr, BLOCK1: tl.constexpr, BLOCK2: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
-    STAGES: tl.constexpr,
+    STAGES: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """q and k are 1 and 2; where only one of them takes a gradient, that one is 1 and there is no 2."""
     first = tl.program_id(0).to(tl.int64)
@@ -171,10 +172,9 @@ def _backward_kernel(
             )  # fmt: skip
 
     if NEEDS_DW:
-        parts: tl.constexpr = 1 if HEADS2 == 0 else 2
-        dw += first * parts * COLUMNS + column
+        dw += first * PARTS * COLUMNS + column
         tl.store(dw, tl.sum(dw1_sum, axis=0), mask=column < COLUMNS)
-        if HEADS2 > 0:
+        if PARTS > 1:
             tl.store(dw + COLUMNS, tl.sum(dw2_sum, axis=0), mask=column < COLUMNS)
 
 
@@ -244,7 +244,7 @@ def launch_backward(
             *strides_of_angles(cos), eps,
             OFFSET=offset, NEEDS_DW=needs_dw, HEADS1=heads[0], HEADS2=heads[1], COLUMNS=columns,
             ROTATED=cos.shape[2], BLOCK1=blocks[0], BLOCK2=blocks[1], BLOCK_COLUMNS=block_columns,
-            STAGES=min(3, 1 + 100 * 1024 // max(waiting, 1)) if needs_dw else 1,
+            STAGES=min(3, 1 + 100 * 1024 // max(waiting, 1)) if needs_dw else 1, PARTS=len(parts),
             num_warps=max(blocks[0] * block_columns // (256 if block_columns <= 128 else 512), 1),
         )  # fmt: skip
     if dw is None:

@@ -98,6 +98,7 @@ def _backward_kernel(
         g = tl.load(dy + at, mask=inside, other=0.0).to(tl.float32)
         x32 = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
         r = tl.rsqrt((tl.sum(x32 * x32, axis=1) / columns + eps).to(tl.float32))
+        r = tl.where(row < rows, r, 0.0)  # a row that is not there would be 0 · inf without an eps
         x_hat = x32 * r[:, None]
         if NEEDS_DW:
             dw_sum += g * x_hat
@@ -222,6 +223,8 @@ def check(x: Tensor, weight: Tensor | None, cast: str, op: str) -> None:
     """Raise what `rms_norm` raises, in the name of `op`."""
     if not x.is_floating_point():
         raise TypeError(f"{op}: x must have a floating-point dtype, not {x.dtype}")
+    if not x.dim():
+        raise ValueError(f"{op}: x has no dimension to normalise")
     if cast not in ("llama", "gemma"):
         raise ValueError(f"{op}: cast must be 'llama' or 'gemma', not {cast!r}")
     if weight is not None:

@@ -31,6 +31,8 @@ def scaled(buffer: Tensor, upstream: Tensor, denominator: Tensor | None) -> Tens
     """`buffer` · upstream / denominator: in the buffer itself, which costs nothing where the factor is exactly 1.
 
     Out of place in the reference, and under torch.compile, which fuses it and must not see a saved tensor change.
+    What is done to the result in place afterwards is nothing that autograd need know of the saved `buffer`: a second
+    backward computes it again.
     """
     if torch.compiler.is_compiling() or not runs_kernels(buffer):
         factor = upstream if denominator is None else upstream / denominator
@@ -42,7 +44,7 @@ def scaled(buffer: Tensor, upstream: Tensor, denominator: Tensor | None) -> Tens
             _scale_kernel, (programs,), buffer, upstream, denominator, buffer.numel() // columns, columns,
             HAS_DENOMINATOR=denominator is not None, BLOCK=_BLOCK, num_warps=8,
         )  # fmt: skip
-    return buffer
+    return buffer.data
 
 
 def early_and_late(denominator: Tensor | None, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
