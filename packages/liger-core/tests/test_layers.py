@@ -10,12 +10,13 @@ import pytest
 import torch
 from torch import nn
 from transformers import Phi3Config, PhiConfig, T5GemmaConfig, T5GemmaModuleConfig
+from transformers.activations import ACT2FN
 from transformers.models.mixtral.modeling_mixtral import MixtralForCausalLM
 from transformers.models.phi.modeling_phi import PhiForCausalLM
 from transformers.models.phi3.modeling_phi3 import Phi3ForCausalLM
 from transformers.models.t5gemma.modeling_t5gemma import T5GemmaForConditionalGeneration
 
-from adapted_models import MIXTRAL, mixtral, mixtral_config
+from adapted_models import LLAMA, MIXTRAL, llama, mixtral, mixtral_config
 from liger.adapter import Adapter
 from liger.causal_lm import CausalLM
 from liger.layers import Experts, FusedGatedMLP, GatedMLP, LayerNorm, Stock
@@ -113,6 +114,37 @@ def test_experts_of_another_make_are_declined(device, attribute, value, reason):
     assert [(d.name, d.reason) for d in patch.declined] == [("model.layers.0.mlp.experts", reason)]
 
 
+class OneMoreSiLU(nn.SiLU):
+    """Of a class that nobody knows."""
+
+
+def test_an_activation_of_an_unknown_class_is_declined(device):
+    model = llama(device)
+    model.model.layers[0].mlp.act_fn = OneMoreSiLU()
+    reasons = {d.name: d.reason for d in apply_adapters(model, [LLAMA]).declined}
+    assert reasons == {"model.layers.0.mlp": "its act_fn is a OneMoreSiLU, which has no kernel"}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model: setattr(model.config, "hidden_act", "gelu"),  # for another model, of the same config
+        lambda model: setattr(model.config, "hidden_act", "relu"),
+        lambda model: setattr(model.model.layers[0].mlp, "act_fn", nn.ReLU()),
+        lambda model: setattr(model.model.layers[0].mlp, "act_fn", nn.SiLU()),
+        lambda model: model.model.layers[0].mlp.act_fn.register_forward_hook(lambda module, args, output: 2 * output),
+    ],
+)
+def test_an_activation_is_the_modules_own_though_it_changes_later(device, path, change):
+    stock, patched = llama(device), llama(device)
+    patched.load_state_dict(stock.state_dict())
+    apply_adapters(patched, [LLAMA])
+    inputs = batch(99, device)
+    for model in (stock, patched):
+        change(model)
+    torch.testing.assert_close(patched(**inputs).loss, stock(**inputs).loss, rtol=1e-4, atol=1e-4)
+
+
 def test_experts_have_a_switch(device):
     model = mixtral(device)
     assert {s.kind for s in apply_adapters(model, [MIXTRAL], experts=False).swapped} == {"norm", "rope", "loss"}
@@ -155,7 +187,7 @@ def test_gate_and_up_in_one_tensor_take_one_gradient(device, act):
     """Of two gradients autograd would make one, which moves half as many bytes again."""
     pytest.importorskip("triton")
     module = SimpleNamespace(
-        config=SimpleNamespace(hidden_act=act), gate_up_proj=nn.Identity(), down_proj=nn.Identity()
+        act_fn=ACT2FN[act], activation_fn=ACT2FN[act], gate_up_proj=nn.Identity(), down_proj=nn.Identity()
     )
     gate_up = torch.randn(3, 8, device=device, requires_grad=True)
     for layer in (Experts(act="hidden_act"), FusedGatedMLP(act="hidden_act")):

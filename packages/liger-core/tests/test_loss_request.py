@@ -48,6 +48,32 @@ def test_logits_read_after_the_head_changed_are_refused(pair, inputs, changed):
         outputs.logits + 0
 
 
+@pytest.mark.parametrize(
+    "replace",
+    [
+        lambda head: setattr(head, "weight", nn.Parameter(2 * head.weight.detach())),
+        lambda head: setattr(head.weight, "data", 2 * head.weight.data),
+        lambda head: head.load_state_dict({"weight": 2 * head.weight}, assign=True),
+        lambda head: head.to(torch.bfloat16),
+    ],
+)
+def test_logits_read_after_the_heads_weight_was_replaced_are_refused(pair, inputs, replace):
+    patched = pair[1].eval()
+    with torch.no_grad():
+        outputs = patched(**inputs)
+    replace(patched.lm_head)
+    with pytest.raises(RuntimeError, match="the head's weight or bias has changed"):
+        outputs.logits + 0
+
+
+def test_a_users_hook_that_changes_the_heads_input_runs_once(pair, inputs):
+    for model in pair:
+        model.lm_head.register_forward_pre_hook(lambda head, args: (2 * args[0],))
+    with pytest.warns(UserWarning, match="a hook on lm_head may see or change logits"):
+        logits = [model(**inputs).logits + 0 for model in pair]
+    torch.testing.assert_close(*logits)
+
+
 def test_logits_read_after_the_hidden_states_changed_are_refused(pair, inputs):
     outputs = pair[1](**inputs, output_hidden_states=True)
     with torch.no_grad():

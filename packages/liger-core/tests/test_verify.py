@@ -21,7 +21,7 @@ from liger.patch import apply_adapters
 from liger.subclass import Swappable
 from liger.testing import TINY
 from liger.testing.tiny import batch, build
-from verifying import break_loss, break_mlp, break_norm, llama, mixtral, skewed
+from verifying import break_loss, break_mlp, break_norm, llama, mixtral, put_gate, skewed
 
 pytestmark = pytest.mark.usefixtures("no_interpreter")
 
@@ -132,7 +132,7 @@ def test_a_difference_that_a_second_batch_does_not_show_is_said(device, monkeypa
         calls.append(up)
         return ops.swiglu(gate, skewed(up) if len(calls) == 1 else up)
 
-    monkeypatch.setitem(layers._GATES, "silu", dataclasses.replace(layers._SWIGLU, op=op))
+    put_gate(monkeypatch, dataclasses.replace(layers._SWIGLU, op=op))
     report = liger.verify(llama(device))
     assert report.ok
     assert report.repeated

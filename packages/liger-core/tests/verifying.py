@@ -46,12 +46,18 @@ def break_norm(monkeypatch):
     monkeypatch.setattr(layers, "rms_norm", lambda x, w, *args, **kw: ops.rms_norm(x, skewed(w), *args, **kw))
 
 
+def put_gate(monkeypatch, gate):
+    """In the place of swiglu's."""
+    monkeypatch.setitem(layers._GATES, "silu", gate)
+    monkeypatch.setitem(layers._GATE_OF_CLASS, ("transformers.activations", "SiLUActivation"), gate)
+
+
 def break_mlp(monkeypatch):
     sound = layers._SWIGLU
     gate = dataclasses.replace(
         sound, op=lambda gate, up: sound.op(gate, skewed(up)), joined=lambda gate_up: sound.joined(skewed(gate_up))
     )
-    monkeypatch.setitem(layers._GATES, "silu", gate)
+    put_gate(monkeypatch, gate)
 
 
 def break_loss(monkeypatch):

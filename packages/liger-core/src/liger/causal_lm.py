@@ -136,7 +136,7 @@ class CausalLM:
                 return stock(self, *args, **kwargs)
             heads = list(spec.heads(self).values())
             if request is not None and any(map(_is_watched, (spec.find_head(self), *heads))):
-                _warn(f"a hook on {spec.head} wants to see logits, so they are computed whole")
+                _warn(f"a hook on {spec.head} may see or change logits, so they are computed whole")
                 heads = []
             # An evaluation loop reads the logits after the forward.
             if not self.training and any(is_taken_away(self, head) for head in heads if isinstance(head, nn.Linear)):
@@ -187,9 +187,11 @@ def _kwargs_of_every_forward() -> set[str]:
 
 
 def _is_watched(head: Any) -> bool:
-    """Whether the head has a hook that may look at its output."""
-    hooks = [*head._forward_hooks.values(), *head._backward_hooks.values(), *head._backward_pre_hooks.values()]
-    return any(not _defined_in(hook).startswith(_GATHERING) for hook in hooks)
+    """Whether the head has a hook that may look at its output, or that would change its input again for lazy logits."""
+    if not isinstance(head, nn.Module):
+        return False
+    hooks = (head._forward_pre_hooks, head._forward_hooks, head._backward_hooks, head._backward_pre_hooks)
+    return any(not _defined_in(hook).startswith(_GATHERING) for kind in hooks for hook in kind.values())
 
 
 def _defined_in(hook: Any) -> str:

@@ -121,9 +121,15 @@ def _geglu(approximate: Approximate) -> _Gate:
     return _Gate("geglu", *ops, partial(F.gelu, approximate=approximate))
 
 
-_SWIGLU = _Gate("swiglu", swiglu, swiglu_joined, F.silu)
-_GATES = {"silu": _SWIGLU, "swish": _SWIGLU, "gelu_pytorch_tanh": _geglu("tanh"), "gelu": _geglu("none")}
-
+_SWIGLU, _GEGLU_TANH, _GEGLU = _Gate("swiglu", swiglu, swiglu_joined, F.silu), _geglu("tanh"), _geglu("none")
+_GATES = {"silu": _SWIGLU, "swish": _SWIGLU, "gelu_pytorch_tanh": _GEGLU_TANH, "gelu": _GEGLU}
+_GATE_OF_CLASS = {
+    ("torch.nn.modules.activation", "SiLU"): _SWIGLU,
+    ("transformers.activations", "SiLUActivation"): _SWIGLU,
+    ("transformers.activations", "GELUTanh"): _GEGLU_TANH,
+    ("transformers.activations", "GELUActivation"): _GEGLU,
+}
+"""By the class that an activation is an instance of, which may be another one tomorrow than the config names."""
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -138,6 +144,13 @@ class _Gated(Layer):
     def kernel(self, module: Any) -> str:
         """The op of the activation that the config names."""
         return _GATES[getattr(module.config, self.act)].name
+
+    def _gate_of(self, module: Any) -> _Gate | None:
+        """What the activation that the module holds now has; None where it must be called itself."""
+        act_fn = getattr(module, self.act_fn)
+        if any(getattr(act_fn, hooks, None) for hooks in _HOOKS):
+            return None
+        return _GATE_OF_CLASS.get((type(act_fn).__module__, type(act_fn).__name__))
 
     def _activation_declines(self, module: Any) -> str | None:
         """Why the activation has no kernel, or is not the one that the config names."""
@@ -154,7 +167,10 @@ class _Gated(Layer):
         points = torch.linspace(-4, 4, 17, device="cpu")
         with torch.no_grad():
             same = torch.allclose(act_fn(points), gate.activation(points), rtol=0, atol=1e-6)
-        return None if same else f"its {self.act_fn} does not compute {name}"
+        if not same:
+            return f"its {self.act_fn} does not compute {name}"
+        known = self._gate_of(module) is gate
+        return None if known else f"its {self.act_fn} is a {type(act_fn).__name__}, which has no kernel"
 
     def _children_decline(self, module: Any, expected: set[str]) -> str | None:
         """Why the module's children are not the expected ones and perhaps the activation."""
@@ -164,11 +180,13 @@ class _Gated(Layer):
         return f"holds {', '.join(sorted(children))}, not {', '.join(sorted(expected))}"
 
     def _gate(self, module: Any, gate: Tensor, up: Tensor) -> Tensor:
-        return rebuildable(_GATES[getattr(module.config, self.act)].op, gate, up)
+        found = self._gate_of(module)
+        return getattr(module, self.act_fn)(gate) * up if found is None else rebuildable(found.op, gate, up)
 
     def _gate_joined(self, module: Any, gate_up: Tensor) -> Tensor:
-        if runs_kernels(gate_up):
-            return rebuildable(_GATES[getattr(module.config, self.act)].joined, gate_up)
+        found = self._gate_of(module)
+        if found is not None and runs_kernels(gate_up):
+            return rebuildable(found.joined, gate_up)
         # The reference keeps the halves, and only from what an op keeps can its output be computed again.
         return self._gate(module, *gate_up.chunk(2, dim=-1))
 

@@ -126,6 +126,12 @@ class LossRequest:
             # inference tensors do not count theirs
             return [t._version for t in tensors if t is not None and not t.is_inference()]
 
+        def is_another(now: Tensor) -> bool:
+            # What is sharded or offloaded is gathered for each forward, and no plain parameter in between.
+            are_plain = type(now) is type(weight) is nn.Parameter and not hasattr(weight, "ds_id")
+            return are_plain and now.device == weight.device and (now is not weight or now.data_ptr() != address)
+
+        address = weight.data_ptr() if type(weight) is nn.Parameter else None
         of_input, of_head = versions(hidden), versions(weight, head.bias)
 
         def recompute(dtype: torch.dtype) -> Tensor:
@@ -136,7 +142,7 @@ class LossRequest:
                     "outputs.logits are computed when they are first read, and the head's sharded weight may have "
                     "changed since the forward; read them before backward"
                 )
-            if not sharded and versions(head.weight, head.bias) != of_head:
+            if is_another(head.weight) or (not sharded and versions(head.weight, head.bias) != of_head):
                 raise RuntimeError(
                     "outputs.logits are computed when they are first read, and the head's weight or bias has changed "
                     "since the forward; read them before optimizer.step()"

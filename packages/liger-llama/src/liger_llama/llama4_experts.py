@@ -27,6 +27,8 @@ class Llama4Experts(Layer):
         parameters = {name for name, _ in module.named_parameters()}
         if parameters != {"gate_up_proj", "down_proj"}:
             return f"holds {', '.join(sorted(parameters))}, not down_proj, gate_up_proj"
+        if module.act_fn._forward_hooks or module.act_fn._forward_pre_hooks:
+            return "a hook on its act_fn wants to be called"
         # The module keeps no config to name the activation: ask it, at a few points.
         points = torch.linspace(-4, 4, 17, device="cpu")
         with torch.no_grad():

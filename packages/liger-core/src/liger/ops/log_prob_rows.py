@@ -43,8 +43,7 @@ def _reference_measure(
     counts = target != options.ignore_index
     label = torch.where(counts, target, 0).long()[:, None]
     z = reference_z(logits, options)
-    largest = z.argmax(-1)  # the first of equals
-    z = z / temperature
+    largest, z = z.argmax(-1), z / temperature  # the first of equals
     top = z.amax(-1)
     log_prob.copy_(z.gather(-1, label)[:, 0] - top)
     below = (z - top[:, None]).clamp_(min=_FAR)
