@@ -169,6 +169,14 @@ def test_a_class_from_elsewhere_is_meant_only_as_a_part_of_the_adapters_own(devi
     assert apply_adapters(patched, [PHI]).already.count("model.layers.1.input_layernorm") == 1
 
 
+@pytest.mark.parametrize("shape", [(), (1,)])
+def test_a_norm_with_one_weight_for_all_columns_is_declined(device, shape):
+    model = llama(device)
+    model.model.norm.weight = nn.Parameter(torch.full(shape, 2.0, device=device))
+    reasons = {d.name: d.reason for d in apply_adapters(model, [LLAMA]).declined}
+    assert reasons == {"model.norm": "its weight is one number for all columns"}
+
+
 def test_layer_norm_of_a_bare_module_is_not_touched(device):
     stock = build(PhiForCausalLM, PhiConfig(**TINY), device)
     wrapper = nn.Sequential(stock, nn.LayerNorm(4))

@@ -179,3 +179,25 @@ def test_the_dispatcher_is_a_second_net(made):
     with torch._C.DisableTorchFunctionSubclass():
         assert torch.equal(torch.ops.aten.add.Tensor(lazy, 1), torch.arange(6.0).view(2, 3) * 2 + 1)
     assert calls
+
+
+def test_a_gradient_that_the_loss_never_gives_is_refused(made):
+    lazy, _, leaf = made
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="no gradient of it reaches them"):
+            lazy.retain_grad()
+        lazy + 0
+    own = lazy + 0
+    own.retain_grad()
+    own.sum().backward()
+    assert torch.equal(own.grad, torch.ones(2, 3))
+    assert torch.equal(leaf.grad, torch.full((2, 3), 2.0))
+
+
+def test_a_hook_is_told_what_it_sees(made):
+    lazy, _, _ = made
+    seen = []
+    with pytest.warns(UserWarning, match=r"computed without outputs\.logits"):
+        lazy.register_hook(seen.append)
+    (lazy * 3).sum().backward()
+    assert torch.equal(seen[0], torch.full((2, 3), 3.0))

@@ -327,7 +327,7 @@ def test_half_precision_log_probs_are_computed_with_in_fp32(device, name, dtype)
 
 
 ONE, TWO, TOKEN = torch.zeros(2), torch.zeros(2, 1), torch.zeros(2, 3)
-MASK, THREE = torch.ones(2, 3), torch.zeros(3)
+MASK, THREE = torch.ones(2, 3, dtype=torch.int64), torch.zeros(3)
 REFUSED = {
     "rank of sequences": (lambda: dpo_loss(TOKEN, TOKEN, TOKEN, TOKEN), ValueError, r"\(2, 3\), expected \(B,\)"),
     "a column": (lambda: dpo_loss(ONE, ONE, ONE, TWO), ValueError, r"ref_rejected_log_probs has shape \(2, 1\)"),
@@ -340,6 +340,8 @@ REFUSED = {
     "label's shape": (lambda: kto_loss(ONE, ONE, TWO.bool()), ValueError, r"label has shape \(2, 1\)"),
     "kl": (lambda: kto_loss(ONE, ONE, ONE.bool(), ONE), ValueError, r"kl has shape \(2,\)"),
     "mask": (lambda: sequence_log_probs(TOKEN, MASK.T), ValueError, r"mask has shape \(3, 2\), expected \(2, 3\)"),
+    "weights": (lambda: mean_nll(TOKEN, 0.5 * MASK), TypeError, "mask must be bool or integers, .* not torch.float32"),
+    "negative items": (lambda: grpo_loss(TOKEN, ONE, MASK, num_items_in_batch=-1), ValueError, "not be negative"),
     "tokens": (lambda: mean_nll(ONE, ONE), ValueError, r"log_probs has shape \(2,\), expected \(B, T\)"),
     "reduction": (lambda: sequence_log_probs(TOKEN, MASK, reduction="none"), ValueError, "'sum' or 'mean', not 'none'"),
     "loss_type": (lambda: grpo_loss(TOKEN, ONE, MASK, loss_type="gpro"), ValueError, "loss_type must be .* not 'gpro'"),

@@ -38,6 +38,14 @@ def test_any_softcap_and_none(device, path, cap):
     assert_same_step(patched, stock, in_fp64(stock), batch(config.vocab_size, device))
 
 
+@pytest.mark.parametrize("cap", [-2.0, 0.0, float("inf")])
+def test_a_softcap_that_is_none_is_declined(device, cap):
+    config = Gemma2Config(**{**CONFIG, "final_logit_softcapping": cap})
+    patch = liger.apply(build(modeling_gemma2.Gemma2ForCausalLM, config, device))
+    reasons = {d.kind: d.reason for d in patch.declined}
+    assert reasons == {"loss": f"its final_logit_softcapping is {cap}, not a positive number"}
+
+
 def test_every_norm_of_the_sandwich_is_swapped(device):
     model = build(modeling_gemma2.Gemma2ForCausalLM, Gemma2Config(**CONFIG), device)
     names = {s.name for s in apply_liger_kernel_to_gemma2(model).swapped if s.kind == "norm"}

@@ -11,7 +11,7 @@ from transformers.models.llama4 import modeling_llama4
 
 import liger
 from liger.testing import TINY, AdapterContract
-from liger.testing.tiny import build
+from liger.testing.tiny import batch, build
 from liger_llama import apply_liger_kernel_to_llama4, llama4
 
 CONFIG = {
@@ -61,3 +61,17 @@ def test_other_experts_are_declined(device, attribute, value, reason):
     changed = model(device)
     setattr(changed.model.layers[1].feed_forward.experts, attribute, value)
     assert [d.reason for d in liger.apply(changed).declined if d.kind == "experts"] == [reason]
+
+
+@pytest.mark.parametrize("hooked", [False, True])
+def test_the_activation_of_experts_is_their_own_though_it_changes_later(device, hooked):
+    stock, patched = model(device), model(device)
+    patched.load_state_dict(stock.state_dict())
+    liger.apply(patched)
+    inputs = batch(TINY["vocab_size"], device)
+    for changed in (stock, patched):
+        experts = changed.model.layers[1].feed_forward.experts
+        experts.act_fn = torch.nn.SiLU() if hooked else torch.nn.ReLU()
+        if hooked:
+            experts.act_fn.register_forward_hook(lambda module, args, output: 2 * output)
+    torch.testing.assert_close(patched(**inputs).loss, stock(**inputs).loss, rtol=1e-4, atol=1e-4)

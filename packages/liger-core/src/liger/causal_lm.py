@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,13 +25,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from liger.known_code import foreign_global
 from liger.loss_request import AfterHead, LossRequest, StockLoss, running, stock_loss_of
 from liger.sharded_head import before_the_instance, has_transformers_forward, is_taken_away
 
-_GATHERING = ("accelerate.", "deepspeed.", "torch.distributed.", "transformers.")
-"""Whose hooks on a head make its weight whole, and do not look at its output."""
+_GATHERING = ("accelerate.", "deepspeed.", "torch.distributed.", "torch.utils.", "transformers.")
+"""Whose hooks make a head's weight whole or name the module that runs, and do not look at the head's output."""
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,8 @@ class CausalLM:
         for name, value in ((self.logit_scale, after.scale), (self.logit_divisor, after.divisor)):
             if not isinstance(value, (int, float)):
                 return f"its {name} is {type(value).__name__}, not a number"
+        if after.softcap is not None and not 0 < after.softcap < math.inf:
+            return f"its {self.softcap} is {after.softcap}, not a positive number"
         return None
 
     def find_head(self, model: nn.Module) -> Any:
@@ -107,6 +112,17 @@ class CausalLM:
             return f"{self.head}.forward was replaced on the instance"
         return None
 
+    def wants_logits(self, head: Any) -> str | None:
+        """What may see the head's logits, or would not be the same when it is called again for lazy ones, or None."""
+        if not isinstance(head, nn.Module):
+            return None
+        if is_parametrized(head, "weight"):
+            return f"a parametrization of {self.head}.weight, which may be random, changes logits"
+        hooks = [getattr(head, kind) for kind in _HOOKS]
+        hooks += [getattr(nn.modules.module, f"_global{kind}", {}) for kind in _HOOKS]  # private: there may be none
+        watched = any(not _defined_in(hook).startswith(_GATHERING) for kind in hooks for hook in kind.values())
+        return f"a hook on {self.head} may see or change logits" if watched else None
+
     def model_members(self, base: type[nn.Module]) -> dict[str, Any]:
         """`forward` and `loss_function` for a subclass of the model's class `base`."""
         stock = base.forward
@@ -135,8 +151,9 @@ class CausalLM:
             if request is None and self not in requests:
                 return stock(self, *args, **kwargs)
             heads = list(spec.heads(self).values())
-            if request is not None and any(map(_is_watched, (spec.find_head(self), *heads))):
-                _warn(f"a hook on {spec.head} may see or change logits, so they are computed whole")
+            found = (spec.find_head(self), *heads) if request is not None else ()
+            if reason := next(filter(None, map(spec.wants_logits, found)), None):
+                _warn(f"{reason}, so they are computed whole")
                 heads = []
             # An evaluation loop reads the logits after the forward.
             if not self.training and any(is_taken_away(self, head) for head in heads if isinstance(head, nn.Linear)):
@@ -184,14 +201,6 @@ def _kwargs_of_every_forward() -> set[str]:
 
     renamed = "past_key_values"  # from transformers 5.24 on a decorator takes it, and hands it on as `cache`
     return {*TransformersKwargs.__annotations__, "ignore_index", "shift_labels", "return_dict", renamed}
-
-
-def _is_watched(head: Any) -> bool:
-    """Whether the head has a hook that may look at its output, or that would change its input again for lazy logits."""
-    if not isinstance(head, nn.Module):
-        return False
-    hooks = (head._forward_pre_hooks, head._forward_hooks, head._backward_hooks, head._backward_pre_hooks)
-    return any(not _defined_in(hook).startswith(_GATHERING) for kind in hooks for hook in kind.values())
 
 
 def _defined_in(hook: Any) -> str:

@@ -18,7 +18,7 @@ from liger.ops.launch import runs_kernels
 from liger.ops.rms_norm import Cast
 from liger.recompute import rebuildable
 
-__all__ = ["Experts", "FusedGatedMLP", "GatedMLP", "LayerNorm", "RMSNorm", "Stock"]
+__all__ = ["Experts", "FusedGatedMLP", "GatedMLP", "LayerNorm", "RMSNorm", "Stock", "gated"]
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,9 @@ class _Norm(Layer):
         shape = getattr(module, "normalized_shape", None)
         if shape is not None and len(shape) != 1:
             return f"normalises over {len(shape)} dimensions"
+        weight = getattr(module, "weight", None)
+        if weight is not None and (weight.dim() == 0 or weight.shape == (1,)):
+            return "its weight is one number for all columns"
         unknown = {name for name, _ in module.named_parameters()} - self.parameters
         if unknown:
             return f"has parameters that {type(self).__name__} does not know: {', '.join(sorted(unknown))}"
@@ -134,6 +137,19 @@ _GATE_OF_CLASS = {
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
+def _gate_of(act_fn: Any) -> _Gate | None:
+    """The kernels of an activation; None where it must be called itself."""
+    if any(getattr(act_fn, hooks, None) for hooks in _HOOKS):
+        return None
+    return _GATE_OF_CLASS.get((type(act_fn).__module__, type(act_fn).__name__))
+
+
+def gated(act_fn: Callable[[Tensor], Tensor], gate: Tensor, up: Tensor) -> Tensor:
+    """`act_fn(gate) * up`, in one kernel where the activation that a module holds now has one."""
+    found = _gate_of(act_fn)
+    return act_fn(gate) * up if found is None else rebuildable(found.op, gate, up)
+
+
 @dataclass(frozen=True)
 class _Gated(Layer):
     """What the gated layers share: the activation that the config names, and the module that holds it."""
@@ -144,13 +160,6 @@ class _Gated(Layer):
     def kernel(self, module: Any) -> str:
         """The op of the activation that the config names."""
         return _GATES[getattr(module.config, self.act)].name
-
-    def _gate_of(self, module: Any) -> _Gate | None:
-        """What the activation that the module holds now has; None where it must be called itself."""
-        act_fn = getattr(module, self.act_fn)
-        if any(getattr(act_fn, hooks, None) for hooks in _HOOKS):
-            return None
-        return _GATE_OF_CLASS.get((type(act_fn).__module__, type(act_fn).__name__))
 
     def _activation_declines(self, module: Any) -> str | None:
         """Why the activation has no kernel, or is not the one that the config names."""
@@ -169,7 +178,7 @@ class _Gated(Layer):
             same = torch.allclose(act_fn(points), gate.activation(points), rtol=0, atol=1e-6)
         if not same:
             return f"its {self.act_fn} does not compute {name}"
-        known = self._gate_of(module) is gate
+        known = _gate_of(act_fn) is gate
         return None if known else f"its {self.act_fn} is a {type(act_fn).__name__}, which has no kernel"
 
     def _children_decline(self, module: Any, expected: set[str]) -> str | None:
@@ -179,16 +188,13 @@ class _Gated(Layer):
             return None
         return f"holds {', '.join(sorted(children))}, not {', '.join(sorted(expected))}"
 
-    def _gate(self, module: Any, gate: Tensor, up: Tensor) -> Tensor:
-        found = self._gate_of(module)
-        return getattr(module, self.act_fn)(gate) * up if found is None else rebuildable(found.op, gate, up)
-
     def _gate_joined(self, module: Any, gate_up: Tensor) -> Tensor:
-        found = self._gate_of(module)
+        act_fn = getattr(module, self.act_fn)
+        found = _gate_of(act_fn)
         if found is not None and runs_kernels(gate_up):
             return rebuildable(found.joined, gate_up)
         # The reference keeps the halves, and only from what an op keeps can its output be computed again.
-        return self._gate(module, *gate_up.chunk(2, dim=-1))
+        return gated(act_fn, *gate_up.chunk(2, dim=-1))
 
 
 @dataclass(frozen=True)
@@ -213,7 +219,7 @@ class GatedMLP(_Gated):
 
     def forward(self, module: Any, x: Tensor) -> Tensor:
         """`x` is (..., hidden size), and so is the result."""
-        hidden = self._gate(module, module.gate_proj(x), module.up_proj(x))
+        hidden = gated(getattr(module, self.act_fn), module.gate_proj(x), module.up_proj(x))
         return module.down_proj(getattr(module, self.dropout)(hidden) if self.dropout else hidden)
 
 

@@ -8,6 +8,7 @@ lazy.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -124,6 +125,18 @@ class LazyLogits(Tensor):
         cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if func is Tensor.retain_grad:
+            raise RuntimeError(
+                "outputs.logits.retain_grad(): outputs.loss is computed without these logits, so that no gradient of "
+                "it reaches them; for a loss of your own keep that of outputs.logits + 0, or use "
+                "liger.apply(model, loss='full')"
+            )
+        if func is Tensor.register_hook:
+            warnings.warn(
+                "liger: outputs.loss is computed without outputs.logits: a hook on them sees the gradients of what "
+                "else is computed from them",
+                stacklevel=2,
+            )
         if args and isinstance(args[0], LazyLogits) and args[0]._value is None:
             if func == _REQUIRES_GRAD:
                 return False

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from liger.lazy_logits import LazyLogits
 from liger.ops import cross_entropy, linear_cross_entropy
 from liger.ops.vocab_parallel_cross_entropy import vocab_parallel_linear_cross_entropy
+from liger.optimizer_steps import steps_of
 from liger.sharded_head import call_again, is_vocab_parallel, is_whole
 
 StockLoss = Literal["ForCausalLMLoss", "ForMaskedLMLoss"]
@@ -94,11 +95,11 @@ class LossRequest:
 
     def compute_in(self, head: Any, hidden: Tensor) -> Tensor:
         """Compute the loss from hidden states (..., H) and return the placeholder (..., 0) for the logits."""
-        items = self.num_items_in_batch
+        items, weight = self.num_items_in_batch, head.weight
         op = linear_cross_entropy if is_whole(head) else vocab_parallel_linear_cross_entropy
         loss = op(
             hidden.reshape(-1, hidden.shape[-1]),
-            head.weight,
+            weight,
             self.target().to(hidden.device),
             linear_bias=head.bias,
             reduction="mean" if items is None else "sum",
@@ -108,7 +109,7 @@ class LossRequest:
             denominator=items,
         )
         self.loss = self._shaped(loss)
-        self.shape = torch.Size((*hidden.shape[:-1], head.weight.shape[0]))
+        self.shape = torch.Size((*hidden.shape[:-1], weight.shape[0]))
         kind = hidden.device.type
         autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
         placeholder = hidden.new_empty((*hidden.shape[:-1], 0), dtype=autocast or hidden.dtype)
@@ -133,6 +134,7 @@ class LossRequest:
 
         address = weight.data_ptr() if type(weight) is nn.Parameter else None
         of_input, of_head = versions(hidden), versions(weight, head.bias)
+        stepped_since = steps_of(weight, head.bias)
 
         def recompute(dtype: torch.dtype) -> Tensor:
             # Where the weight is sharded, `weight` was gathered for the forward: backward is what an optimizer follows.
@@ -142,7 +144,8 @@ class LossRequest:
                     "outputs.logits are computed when they are first read, and the head's sharded weight may have "
                     "changed since the forward; read them before backward"
                 )
-            if is_another(head.weight) or (not sharded and versions(head.weight, head.bias) != of_head):
+            changed = not sharded and (versions(head.weight, head.bias) != of_head or stepped_since())
+            if is_another(head.weight) or changed:
                 raise RuntimeError(
                     "outputs.logits are computed when they are first read, and the head's weight or bias has changed "
                     "since the forward; read them before optimizer.step()"

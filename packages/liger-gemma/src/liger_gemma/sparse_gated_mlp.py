@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from liger.layers import GatedMLP
+from liger.layers import GatedMLP, gated
 
 
 @dataclass(frozen=True)
@@ -27,4 +27,4 @@ class SparseGatedMLP(GatedMLP):
         gate = module.gate_proj(hidden_states)
         if module.activation_sparsity > 0:
             gate = module._gaussian_topk(gate)
-        return module.down_proj(self._gate(module, gate, module.up_proj(hidden_states)))
+        return module.down_proj(gated(getattr(module, self.act_fn), gate, module.up_proj(hidden_states)))

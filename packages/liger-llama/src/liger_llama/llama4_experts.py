@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from liger.adapter import Kind, Layer
-from liger.ops import swiglu
+from liger.layers import gated
 
 
 @dataclass(frozen=True)
@@ -43,4 +43,4 @@ class Llama4Experts(Layer):
         """`hidden_states` is (experts · tokens, hidden size), and so is the result."""
         weight = module.gate_up_proj
         gate, up = torch.bmm(hidden_states.view(weight.shape[0], -1, weight.shape[1]), weight).chunk(2, dim=-1)
-        return torch.bmm(swiglu(gate, up), module.down_proj).view(-1, weight.shape[1])
+        return torch.bmm(gated(module.act_fn, gate, up), module.down_proj).view(-1, weight.shape[1])

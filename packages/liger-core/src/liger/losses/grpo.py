@@ -36,7 +36,7 @@ def grpo_loss(
     Args:
         log_probs: (B, T), one for each token of the completions, of the policy.
         advantages: (B,) or (B, T): A, a constant.
-        mask: (B, T), bool or 0 and 1: the tokens that count.
+        mask: (B, T), bool or integers, 0 and 1: the tokens that count.
         old_log_probs: (B, T), of the policy that wrote the completions; a constant. None: it is the present one.
         ref_log_probs: (B, T), of the reference; a constant. Needed where beta is not 0.
         epsilon_low: ε_low of the clipping.
@@ -54,8 +54,9 @@ def grpo_loss(
 
     Raises:
         ValueError: shapes do not fit, loss_type or importance_sampling_level is unknown, ref_log_probs or
-            max_completion_length is needed or not positive, or an argument is given that this loss_type does not read.
-        TypeError: an input is not floating-point.
+            max_completion_length is needed or not positive, num_items_in_batch is
+            negative, or an argument is given that this loss_type does not read.
+        TypeError: an input is not floating-point, or mask is.
     """
     op = "grpo_loss"
     counted = counted_tokens(op, log_probs, mask)
@@ -75,6 +76,8 @@ def grpo_loss(
         raise ValueError(f"{op}: max_completion_length must be at least 1, not {max_completion_length}")
     if num_items_in_batch is not None and loss_type != "dapo":
         raise ValueError(f"{op}: num_items_in_batch is for 'dapo', not {loss_type!r}")
+    if isinstance(num_items_in_batch, int) and num_items_in_batch < 0:
+        raise ValueError(f"{op}: num_items_in_batch must not be negative, but is {num_items_in_batch}")
     if advantages.shape == log_probs.shape[:1]:
         advantages = advantages[:, None].expand(-1, log_probs.shape[1])
     policy, old, reference, advantage = in_wide(

@@ -19,11 +19,13 @@ def in_wide(op: str, shape: torch.Size, **tensors: Tensor) -> list[Tensor]:
 
 
 def counted_tokens(op: str, log_probs: Tensor, mask: Tensor) -> Tensor:
-    """`mask` as bool; refuses what is not of (B, T)."""
+    """`mask` as bool; refuses what is not of (B, T), and what may be weights, of which all but 0 would count as 1."""
     if log_probs.ndim != 2:
         raise ValueError(f"{op}: log_probs has shape {tuple(log_probs.shape)}, expected (B, T)")
     if mask.shape != log_probs.shape:
         raise ValueError(f"{op}: mask has shape {tuple(mask.shape)}, expected {tuple(log_probs.shape)}")
+    if mask.is_floating_point() or mask.is_complex():
+        raise TypeError(f"{op}: mask must be bool or integers, which tokens count, not {mask.dtype}")
     return mask.bool()
 
 
@@ -32,7 +34,7 @@ def sequence_log_probs(log_probs: Tensor, mask: Tensor, *, reduction: Literal["s
 
     Args:
         log_probs: (B, T), floating-point: `linear_log_prob(…).log_prob`.
-        mask: (B, T), bool or 0 and 1: the tokens that count, such as `target != ignore_index`.
+        mask: (B, T), bool or integers, 0 and 1: the tokens that count, such as `target != ignore_index`.
         reduction: "sum" (DPO, CPO, KTO), or "mean" over the counted tokens (ORPO, SimPO).
 
     Returns:
@@ -40,7 +42,7 @@ def sequence_log_probs(log_probs: Tensor, mask: Tensor, *, reduction: Literal["s
 
     Raises:
         ValueError: the shapes differ, or reduction is unknown.
-        TypeError: log_probs is not floating-point.
+        TypeError: log_probs is not floating-point, or mask is.
 
     Example:
         >>> log_probs = torch.tensor([[-1.0, -2.0, -4.0], [-3.0, -5.0, 0.0]])

@@ -1,0 +1,72 @@
+"""Steps of optimizers that write past the version counter, as those with kernels of their own do."""
+
+from __future__ import annotations
+
+import gc
+
+import pytest
+import torch
+from torch import nn
+
+from liger import optimizer_steps
+from liger.optimizer_steps import steps_of
+
+
+class PastTheVersions(torch.optim.Optimizer):
+    """Writes through `.data`."""
+
+    def __init__(self, params):
+        super().__init__(params, {})
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter.data.mul_(2)
+
+
+def test_logits_read_after_a_step_are_refused(pair, inputs):
+    patched = pair[1]
+    optimizer = PastTheVersions(patched.parameters())
+    outputs = patched(**inputs)
+    outputs.loss.backward()
+    version = patched.lm_head.weight._version
+    optimizer.step()
+    assert patched.lm_head.weight._version == version
+    with pytest.raises(RuntimeError, match="read them before optimizer.step"):
+        outputs.logits + 0
+
+
+def test_logits_read_before_the_step_or_after_anothers_are_the_models(pair, inputs):
+    stock, patched = pair
+    other = PastTheVersions([nn.Parameter(torch.ones(2))])
+    others_head = PastTheVersions(stock.lm_head.parameters())
+    outputs = patched(**inputs)
+    expected = stock(**inputs).logits
+    outputs.loss.backward()
+    other.step()
+    others_head.step()
+    torch.testing.assert_close(outputs.logits + 0, expected)
+
+
+def test_only_later_steps_of_its_own_parameters_count():
+    mine, others = (nn.Parameter(torch.ones(2)) for _ in range(2))
+    early, late, foreign = (PastTheVersions([p]) for p in (mine, mine, others))
+    early.step()
+    stepped = steps_of(mine, None)
+    foreign.step()
+    assert not stepped()
+    late.step()
+    assert stepped()
+    assert not steps_of(mine)()
+
+
+def test_no_optimizer_and_no_parameter_is_kept_alive():
+    parameter = nn.Parameter(torch.ones(2))
+    optimizer = PastTheVersions([parameter])
+    optimizer.step()
+    stepped, known = steps_of(parameter), len(optimizer_steps._last_step)
+    del optimizer, parameter
+    gc.collect()
+    assert len(optimizer_steps._last_step) < known
+    assert not stepped()
