@@ -57,7 +57,11 @@ def _ops(results: dict[str, Any], names: list[str]) -> list[str]:
 def ops(results: dict[str, Any]) -> list[str]:
     """The paragraphs of the ops' times."""
     names = [name for name in NAMES if any(name in case["peers"] for case in results["cases"])]
-    caption = "GPU milliseconds of forward + backward in bf16, for the losses with peak MiB:"
+    caption = (
+        "GPU milliseconds of forward + backward in bf16, for the losses with peak MiB (–: not measured, or no such "
+        "kernel). Shapes: rows × columns; of rotary: batch × tokens × heads of q × of k × head dim; of a loss: rows × "
+        "classes, or rows × hidden × classes:"
+    )
     return [caption, "\n".join(_ops(results, names))]
 
 

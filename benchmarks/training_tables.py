@@ -65,8 +65,8 @@ def sweep(results: Record) -> list[str]:
     parts = []
     if groups:
         parts += [
-            "Training steps with fused AdamW in bf16 until memory runs out (OOM): tokens per second / peak GiB, and "
-            "ours as a multiple of others':",
+            "Training steps with fused AdamW in bf16 at growing sizes (OOM: out of memory; –: not measured): tokens "
+            "per second / peak GiB, and ours as a multiple of others':",
             "\n".join(_sizes(groups)),
         ]
     if searched:

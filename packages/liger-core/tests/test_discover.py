@@ -51,7 +51,7 @@ def test_no_adapter_names_what_is_installed_and_what_to_install(install, llama_m
         liger.apply(llama_model)
     assert str(error.value) == (
         "no adapter for LlamaModel (made of llama); installed adapters: liger-gemma 1.2.3 (gemma), "
-        "liger-phi 1.2.3 (phi, phi3); try: pip install liger-llama"
+        "liger-phi 1.2.3 (phi, phi3); perhaps in: pip install liger-llama"
     )
 
 

@@ -8,7 +8,6 @@ import pickle
 import pytest
 import torch
 from torch import nn
-from torch.nn.utils import parametrize
 
 from liger.lazy_logits import LazyLogits
 from liger.testing import TINY, assert_as_exact_as
@@ -73,39 +72,6 @@ def test_a_users_hook_that_changes_the_heads_input_runs_once(pair, inputs):
     with pytest.warns(UserWarning, match="a hook on lm_head may see or change logits"):
         logits = [model(**inputs).logits + 0 for model in pair]
     torch.testing.assert_close(*logits)
-
-
-class OfTheCall(nn.Module):
-    """A parametrization that gives another weight at each reading."""
-
-    def __init__(self):
-        super().__init__()
-        self.calls = 0
-
-    def forward(self, weight):
-        self.calls += 1
-        return weight * self.calls
-
-
-def test_a_parametrized_heads_weight_is_computed_once_a_forward(pair, inputs):
-    for model in pair:
-        parametrize.register_parametrization(model.lm_head, "weight", OfTheCall(), unsafe=True)
-        model.lm_head.parametrizations.weight[0].calls = 0
-    with pytest.warns(UserWarning, match=r"a parametrization of lm_head\.weight"):
-        outputs = [model(**inputs) for model in pair]
-    assert type(outputs[1].logits) is torch.Tensor
-    assert [model.lm_head.parametrizations.weight[0].calls for model in pair] == [1, 1]
-    torch.testing.assert_close(outputs[1].loss, outputs[0].loss)
-
-
-def test_a_hook_on_all_modules_sees_the_logits(pair, inputs):
-    seen = []
-    hook = nn.modules.module.register_module_forward_hook(
-        lambda module, args, output: seen.append(output) if isinstance(module, nn.Linear) else None
-    )
-    with hook, pytest.warns(UserWarning, match="a hook on lm_head may see or change logits"):
-        pair[1](**inputs)
-    assert seen[-1].shape[-1] == TINY["vocab_size"]
 
 
 def test_logits_read_after_the_hidden_states_changed_are_refused(pair, inputs):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import weakref
 
 import pytest
 import torch
@@ -61,12 +62,34 @@ def test_only_later_steps_of_its_own_parameters_count():
     assert not steps_of(mine)()
 
 
-def test_no_optimizer_and_no_parameter_is_kept_alive():
-    parameter = nn.Parameter(torch.ones(2))
-    optimizer = PastTheVersions([parameter])
+def test_a_frozen_parameter_is_not_changed_by_an_optimizer_that_holds_it():
+    frozen = nn.Parameter(torch.ones(2), requires_grad=False)
+    optimizer, stepped = PastTheVersions([frozen, nn.Parameter(torch.ones(2))]), steps_of(frozen)
     optimizer.step()
-    stepped, known = steps_of(parameter), len(optimizer_steps._last_step)
+    assert not stepped()
+
+
+def test_no_optimizer_and_no_parameter_is_kept_alive():
+    parameter, another = (nn.Parameter(torch.ones(2)) for _ in range(2))
+    steps_of(parameter)
+    optimizer, next_one = PastTheVersions([parameter]), PastTheVersions([another])
+    optimizer.step()
+    stepped, held = steps_of(parameter), weakref.ref(optimizer)
     del optimizer, parameter
     gc.collect()
-    assert len(optimizer_steps._last_step) < known
+    assert held() is None
     assert not stepped()
+    next_one.step()
+    assert all(ref() is not None for ref, _ in optimizer_steps._last_step.values())
+
+
+def test_an_optimizer_that_cannot_be_hashed():
+    class Unhashable(PastTheVersions):
+        __hash__ = None
+
+    parameter = nn.Parameter(torch.ones(2))
+    stepped = steps_of(parameter)
+    Unhashable([parameter]).step()
+    optimizer = Unhashable([parameter])
+    optimizer.step()
+    assert stepped()

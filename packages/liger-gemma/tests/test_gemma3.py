@@ -1,4 +1,4 @@
-"""The contract for Gemma 3's text model; that the model with images does not get the text model's softcap."""
+"""The contract for Gemma 3's text model and the model with images, which does not have the text model's softcap."""
 
 from __future__ import annotations
 
@@ -38,6 +38,40 @@ class TestGemma3(AdapterContract):
         return Gemma3TextConfig(**CONFIG)
 
 
+class TestGemma3OfImages(AdapterContract):
+    adapter = gemma3
+    model_class = "Gemma3ForConditionalGeneration"
+
+    def config(self):
+        return Gemma3Config(
+            text_config=CONFIG,
+            vision_config=VISION,
+            mm_tokens_per_image=4,
+            attn_implementation="eager",
+            image_token_index=98,
+        )
+
+    def inputs(self, model):
+        inputs = batch(90, model.device)
+        return {**inputs, "token_type_ids": torch.zeros_like(inputs["input_ids"])}
+
+
+def test_an_image_of_four_tokens(device, path):
+    """The tower keeps its own code and gets its gradients."""
+    contract = TestGemma3OfImages()
+    stock, patched = contract.model(device), contract.model(device)
+    swapped = contract.apply(patched).swapped
+    assert {s.name for s in swapped if "language_model" not in s.name} == {
+        "", "lm_head", "model.multi_modal_projector.mm_soft_emb_norm"
+    }  # fmt: skip
+    inputs = contract.inputs(patched)
+    inputs["token_type_ids"][:, 2:6] = 1
+    inputs["input_ids"] = inputs["input_ids"].masked_fill(inputs["token_type_ids"] == 1, 98)
+    inputs["pixel_values"] = torch.randn(2, 3, 28, 28, generator=torch.Generator().manual_seed(2)).to(device)
+    assert_same_step(patched, stock, in_fp64(stock), inputs, together=True)
+    assert patched.model.vision_tower.embeddings.patch_embedding.weight.grad.abs().sum() > 0
+
+
 def test_q_and_k_are_normed_before_rope(device):
     model = build(modeling_gemma3.Gemma3ForCausalLM, Gemma3TextConfig(**CONFIG), device)
     names = {s.name for s in apply_liger_kernel_to_gemma3(model).swapped if s.kind == "norm"}
@@ -49,21 +83,4 @@ def test_the_text_classifier(device, path):
     stock, patched = (build(modeling_gemma3.Gemma3TextForSequenceClassification, config, device) for _ in range(2))
     assert not liger.apply(patched).declined
     inputs = {**batch(config.vocab_size, device), "labels": torch.tensor([0, 1], device=device)}
-    assert_same_step(patched, stock, in_fp64(stock), inputs)
-
-
-def test_a_model_with_images_keeps_its_own_loss_which_has_no_softcap(device, path):
-    config = Gemma3Config(
-        text_config=CONFIG,
-        vision_config=VISION,
-        mm_tokens_per_image=4,
-        attn_implementation="eager",
-        image_token_index=98,
-    )
-    stock, patched = (build(modeling_gemma3.Gemma3ForConditionalGeneration, config, device) for _ in range(2))
-    swapped = liger.apply(patched).swapped
-    assert {s.kind for s in swapped} == {"norm", "mlp", "rope"}
-    assert "model.multi_modal_projector.mm_soft_emb_norm" in {s.name for s in swapped}
-    inputs = batch(90, device)
-    inputs["token_type_ids"] = torch.zeros_like(inputs["input_ids"])
     assert_same_step(patched, stock, in_fp64(stock), inputs)

@@ -90,7 +90,7 @@ def test_switches_of_apply_liger_kernel_to_llama(device):
         apply_liger_kernel_to_llama(model, cross_entropy=True, fused_linear_cross_entropy=True)
     with pytest.raises(
         TypeError,
-        match="unexpected switch geglu; llama has rope, rms_norm, swiglu, cross_entropy",
+        match="unexpected switch geglu, expected of rope, rms_norm, swiglu, cross_entropy",
     ):
         apply_liger_kernel_to_llama(model, geglu=True)
 

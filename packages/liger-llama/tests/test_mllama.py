@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from transformers import MllamaTextConfig
+from transformers import MllamaConfig, MllamaTextConfig
 from transformers.models.mllama import modeling_mllama
 
 from liger.testing import TINY, AdapterContract
@@ -27,6 +27,35 @@ class TestMllama(AdapterContract):
     def inputs(self, model):
         states = torch.randn(2, 5, 48, generator=torch.Generator().manual_seed(2))
         return {**super().inputs(model), "cross_attention_states": states.to(model.device, model.dtype)}
+
+
+class TestMllamaOfImages(AdapterContract):
+    """The tower keeps its own code; the text attends to its states."""
+
+    adapter = mllama
+    model_class = "MllamaForConditionalGeneration"
+
+    def config(self):
+        vision = {"hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 1, "num_global_layers": 1}
+        return MllamaConfig(
+            text_config=config().to_dict(),
+            vision_config={
+                **vision, "attention_heads": 2, "image_size": 8, "patch_size": 4, "max_num_tiles": 1,
+                "intermediate_layers_indices": [0], "vision_output_dim": 64, "supported_aspect_ratios": [[1, 1]],
+            },
+            image_token_index=98,
+            attn_implementation="eager",
+        )  # fmt: skip
+
+    def inputs(self, model):
+        pixels = torch.randn(2, 1, 1, 3, 8, 8, generator=torch.Generator().manual_seed(2))
+        return {
+            **batch(90, model.device),
+            "pixel_values": pixels.to(model.device, model.dtype),
+            "aspect_ratio_ids": torch.ones(2, 1, dtype=torch.long, device=model.device),
+            "aspect_ratio_mask": torch.ones(2, 1, 1, dtype=torch.long, device=model.device),
+            "cross_attention_mask": torch.ones(2, 9, 1, 1, dtype=torch.long, device=model.device),
+        }
 
 
 def test_text_alone_skips_the_cross_attention(device, path):

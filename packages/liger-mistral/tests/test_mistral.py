@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from transformers import Ministral3Config, MinistralConfig, MistralConfig
+import torch
+from transformers import Ministral3Config, MinistralConfig, Mistral3Config, MistralConfig
 from transformers.models.ministral3 import modeling_ministral3
 from transformers.models.mistral import modeling_mistral
 
@@ -11,7 +12,7 @@ import liger
 from liger.testing import TINY, AdapterContract
 from liger.testing.parity import assert_same_step, in_fp64
 from liger.testing.tiny import batch, build
-from liger_mistral import ministral, ministral3, mistral
+from liger_mistral import ministral, ministral3, mistral, mistral3
 
 SCALED = {  # scales q from its fifth position on
     "rope_type": "yarn",
@@ -42,6 +43,37 @@ class TestMinistral3(AdapterContract):
 
     def config(self):
         return Ministral3Config(**TINY, rms_norm_eps=1e-3, rope_parameters=dict(SCALED))
+
+
+class TestMistral3(AdapterContract):
+    """Given text alone: its norm is the projector's, and the language model is one of the above."""
+
+    adapter = mistral3
+
+    def config(self):
+        vision = {"hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 1, "num_attention_heads": 2}
+        return Mistral3Config(
+            text_config=MistralConfig(**TINY).to_dict(),
+            vision_config={**vision, "model_type": "pixtral", "image_size": 8, "patch_size": 2, "head_dim": 16},
+            image_token_index=98,
+            attn_implementation="eager",
+        )
+
+    def inputs(self, model):
+        return batch(98, model.device)
+
+
+def test_mistral_3_sees_an_image(device, path):
+    contract = TestMistral3()
+    stock, patched = contract.model(device), contract.model(device)
+    swapped = {s.name: s.kind for s in liger.apply(patched).swapped}
+    assert {"norm", "mlp", "rope", "loss"} == set(swapped.values())
+    assert swapped["model.multi_modal_projector.norm"] == "norm"
+    inputs = batch(98, device)
+    inputs["input_ids"][:, 2:6] = 98
+    pixels = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(2))
+    inputs |= {"pixel_values": pixels.to(device), "image_sizes": torch.tensor([[8, 8]] * 2)}
+    assert_same_step(patched, stock, in_fp64(stock), inputs, together=True)
 
 
 @pytest.mark.parametrize(

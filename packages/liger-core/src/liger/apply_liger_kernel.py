@@ -84,7 +84,7 @@ def apply_liger_kernel(adapter: Adapter, mlp: Literal["swiglu", "geglu"] = "swig
     def apply(model: nn.Module | None = None, **named: bool) -> Patch:
         if named.keys() - names.keys():
             unknown = ", ".join(sorted(named.keys() - names.keys()))
-            raise TypeError(f"unexpected switch {unknown}; {adapter.key} has {', '.join(names)}")
+            raise TypeError(f"{apply.__name__}: unexpected switch {unknown}, expected of {', '.join(names)}")
         on = {**names, **named}
         switches: dict[str, Any] = {"rope": on["rope"], "norm": on[norm], "loss": _loss(on), "mlp": TRUE}
         # One switch for two kinds: that each is applied somewhere cannot be asked, an MLP may be all experts.

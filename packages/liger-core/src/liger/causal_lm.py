@@ -31,8 +31,11 @@ from liger.known_code import foreign_global
 from liger.loss_request import AfterHead, LossRequest, StockLoss, running, stock_loss_of
 from liger.sharded_head import before_the_instance, has_transformers_forward, is_taken_away
 
-_GATHERING = ("accelerate.", "deepspeed.", "torch.distributed.", "torch.utils.", "transformers.")
-"""Whose hooks make a head's weight whole or name the module that runs, and do not look at the head's output."""
+_GATHERING = (
+    *("accelerate.", "deepspeed.", "torch.distributed.", "torch.utils.", "transformers."),
+    "trl.models.activation_offloading",
+)
+"""Whose hooks make a head's weight whole, offload, or name the module that runs, and do not look at its output."""
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
 
@@ -116,8 +119,10 @@ class CausalLM:
         """What may see the head's logits, or would not be the same when it is called again for lazy ones, or None."""
         if not isinstance(head, nn.Module):
             return None
-        if is_parametrized(head, "weight"):
-            return f"a parametrization of {self.head}.weight, which may be random, changes logits"
+        if is_parametrized(head):
+            return f"a parametrization of {self.head}, which may be random, changes logits"
+        if "forward" in vars(head) and not (has_transformers_forward(head) or _is_accelerates(head)):
+            return f"{self.head}.forward was replaced on the instance, which may change logits"
         hooks = [getattr(head, kind) for kind in _HOOKS]
         hooks += [getattr(nn.modules.module, f"_global{kind}", {}) for kind in _HOOKS]  # private: there may be none
         watched = any(not _defined_in(hook).startswith(_GATHERING) for kind in hooks for hook in kind.values())
@@ -148,9 +153,9 @@ class CausalLM:
         @functools.wraps(stock)
         def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
             request, requests = requested(self, args, kwargs), running.requests
-            if request is None and self not in requests:
-                return stock(self, *args, **kwargs)
             heads = list(spec.heads(self).values())
+            if request is None and self not in requests and not _is_asked_by_a_stranger(self, heads):
+                return stock(self, *args, **kwargs)
             found = (spec.find_head(self), *heads) if request is not None else ()
             if reason := next(filter(None, map(spec.wants_logits, found)), None):
                 _warn(f"{reason}, so they are computed whole")
@@ -200,13 +205,30 @@ def _kwargs_of_every_forward() -> set[str]:
     from transformers.utils import TransformersKwargs
 
     renamed = "past_key_values"  # from transformers 5.24 on a decorator takes it, and hands it on as `cache`
-    return {*TransformersKwargs.__annotations__, "ignore_index", "shift_labels", "return_dict", renamed}
+    filled_in = ("vision_feature_layer", "vision_feature_select_strategy", "vision_aspect_ratio")  # from the config
+    return {*TransformersKwargs.__annotations__, "ignore_index", "shift_labels", "return_dict", renamed, *filled_in}
+
+
+def _is_asked_by_a_stranger(model: nn.Module, heads: list[Any]) -> bool:
+    """Whether a head was asked for a loss by a model that runs now, shares the head and does not hold `model`."""
+    asked = next(filter(None, map(running.requests.get, heads)), None)
+    if asked is None:
+        return False
+    asking = next(module for module, request in running.requests.items() if request is asked)
+    return all(module is not model for module in asking.modules())
+
+
+def _is_accelerates(head: nn.Module) -> bool:
+    """Whether the forward on the instance is accelerate's, which runs nothing but accelerate's own hooks."""
+    hook = getattr(head, "_hf_hook", None)
+    hooks = getattr(hook, "hooks", (hook,))
+    return all(_defined_in(of).startswith("accelerate.") for of in (vars(head)["forward"], *map(type, hooks)))
 
 
 def _defined_in(hook: Any) -> str:
     while isinstance(hook, functools.partial):
         hook = hook.func
-    return str(hook.__module__)
+    return str(getattr(hook, "__module__", ""))
 
 
 def _warn(message: str) -> None:

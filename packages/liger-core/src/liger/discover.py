@@ -146,5 +146,5 @@ def _no_adapter(model: nn.Module, packages: list[str], installed: dict[str, Inst
     hints = {distribution for key in packages for word, distribution in _FAMILIES.items() if re.search(word, key)} - {
         a.distribution for a in installed.values()
     }
-    hint = f"; try: pip install {' '.join(sorted(hints))}" if hints else f"; how to write one: {_GUIDE}"
+    hint = f"; perhaps in: pip install {' '.join(sorted(hints))}" if hints else f"; how to write one: {_GUIDE}"
     return f"no adapter for {name} (made of {', '.join(packages)}); installed adapters: {have}{hint}"

@@ -14,12 +14,14 @@ from typing import Any, Literal, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from liger.lazy_logits import LazyLogits
 from liger.ops import cross_entropy, linear_cross_entropy
+from liger.ops.autocast import autocast_dtype
 from liger.ops.vocab_parallel_cross_entropy import vocab_parallel_linear_cross_entropy
 from liger.optimizer_steps import steps_of
-from liger.sharded_head import call_again, is_vocab_parallel, is_whole
+from liger.sharded_head import call_again, is_gathered, is_vocab_parallel, is_whole
 
 StockLoss = Literal["ForCausalLMLoss", "ForMaskedLMLoss"]
 
@@ -110,8 +112,7 @@ class LossRequest:
         )
         self.loss = self._shaped(loss)
         self.shape = torch.Size((*hidden.shape[:-1], weight.shape[0]))
-        kind = hidden.device.type
-        autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        autocast = None if hidden.dtype == torch.float64 else autocast_dtype(hidden.device)
         placeholder = hidden.new_empty((*hidden.shape[:-1], 0), dtype=autocast or hidden.dtype)
         if torch.compiler.is_compiling():
             return placeholder
@@ -127,28 +128,31 @@ class LossRequest:
             # inference tensors do not count theirs
             return [t._version for t in tensors if t is not None and not t.is_inference()]
 
-        def is_another(now: Tensor) -> bool:
-            # What is sharded or offloaded is gathered for each forward, and no plain parameter in between.
-            are_plain = type(now) is type(weight) is nn.Parameter and not hasattr(weight, "ds_id")
-            return are_plain and now.device == weight.device and (now is not weight or now.data_ptr() != address)
-
-        address = weight.data_ptr() if type(weight) is nn.Parameter else None
-        of_input, of_head = versions(hidden), versions(weight, head.bias)
-        stepped_since = steps_of(weight, head.bias)
+        bias = head.bias
+        addresses = [t.data_ptr() if type(t) is nn.Parameter else None for t in (weight, bias)]
+        of_input, of_head = versions(hidden), versions(weight, bias)
+        stepped_since = steps_of(weight, bias)
 
         def recompute(dtype: torch.dtype) -> Tensor:
-            # Where the weight is sharded, `weight` was gathered for the forward: backward is what an optimizer follows.
-            sharded = head.weight is not weight or hasattr(weight, "ds_id")
+            now = head.weight, head.bias
+            # What is sharded or offloaded was gathered for the forward: backward is what an optimizer follows.
+            sharded = is_gathered(now[0], weight)
             if sharded and upstream.has_arrived:
                 raise RuntimeError(
                     "outputs.logits are computed when they are first read, and the head's sharded weight may have "
                     "changed since the forward; read them before backward"
                 )
-            changed = not sharded and (versions(head.weight, head.bias) != of_head or stepped_since())
-            if is_another(head.weight) or changed:
+            if not sharded and (
+                now[0] is not weight
+                or now[1] is not bias
+                or any(at is not None and t.data_ptr() != at for t, at in zip(now, addresses, strict=True))
+                or versions(*now) != of_head
+                or stepped_since()
+                or is_parametrized(head)
+            ):
                 raise RuntimeError(
                     "outputs.logits are computed when they are first read, and the head's weight or bias has changed "
-                    "since the forward; read them before optimizer.step()"
+                    "since the forward; read them before optimizer.step(), or use liger.apply(model, loss='full')"
                 )
             if versions(hidden) != of_input:
                 raise RuntimeError(
@@ -188,11 +192,16 @@ class LossRequest:
             and ignore_index == self.ignore_index
             and kwargs.keys() <= self.known
         )
-        if self.loss is not None:
+        # The head may have been called for other states before, by a hook inside the model: then these are real logits.
+        if self.loss is not None and logits.shape[-1] == 0:
+            self.placeholder = logits
             if as_asked and vocab_size == self.shape[-1]:
-                self.placeholder = logits
                 return _OutOf.apply(logits, self.loss.detach(), self.upstream) if logits.requires_grad else self.loss
-            assert self.recompute is not None, "the model changed the loss's arguments inside a compiled graph"
+            if self.recompute is None:
+                raise RuntimeError(
+                    "the model changed the arguments of its loss inside a compiled graph; use liger.apply(model, "
+                    "loss='full')"
+                )
             logits = self.recompute(logits.dtype)
         if as_asked and type(logits) is Tensor and logits.shape[-1] == vocab_size and self._fits(logits):
             loss = cross_entropy(

@@ -118,6 +118,8 @@ def plan(model: nn.Module, adapters: Iterable[Adapter], switches: Switches = DEF
         for name, module in model.named_modules():
             parent = model.get_submodule(name.rpartition(".")[0])
             _add(found, planned, _kernels(adapter, name, module, type(parent), switches))
+    if switches.loss:
+        _add(found, planned, _unnamed_losses(model, found, switches))
     if switches.recompute:
         _add(found, planned, _recompute(model, switches, planned))
     names = {*found.already, *(s.name for s in found.swapped), *(d.name for d in found.declined)}
@@ -186,6 +188,17 @@ def _loss(spec: CausalLM, name: str, model: nn.Module, cls: type[nn.Module], swi
             subclass = parallel_head_class if reason is None and "forward" in vars(head) else head_class
             yield _Proposal(path, head, "loss", type(head).__name__, FUSED, reason, subclass, spec)
     yield _Proposal(name, model, "loss", cls.__name__, runs, declined, model_class, spec)
+
+
+def _unnamed_losses(model: nn.Module, found: Plan, switches: Switches) -> Iterator[_Proposal]:
+    """The models with a head and a loss of transformers' of which no adapter speaks, as of one that takes images."""
+    from transformers import PreTrainedModel
+
+    named = {*found.already, *(s.name for s in found.swapped), *(d.name for d in found.declined)}
+    for name, module in model.named_modules():
+        if isinstance(module, PreTrainedModel) and name not in named and hasattr(module, "lm_head"):
+            reason = switches.skipped(name) or "no adapter names this class, so that its loss takes the whole logits"
+            yield _Proposal(name, module, "loss", type(module).__name__, "", reason, model_class, None)
 
 
 def _recompute(model: nn.Module, switches: Switches, planned: dict[nn.Module, type[nn.Module]]) -> Iterator[_Proposal]:

@@ -47,6 +47,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from liger.ops.autocast import autocast_dtype
+
 __all__ = ["forward_in_region", "rebuildable"]
 
 _PLAIN = (Tensor, nn.Parameter)
@@ -125,7 +127,7 @@ class _Recipe:
         self, op: Callable[..., Tensor], args: list[Any], options: dict[str, Any], device: torch.device
     ) -> None:
         self.op, self.args, self.options, self.device = op, args, options, device
-        self.autocast = _autocast(device)
+        self.autocast = autocast_dtype(device)
         self.consumers = 0
         self.left = 0
         self.rebuilt: tuple[Tensor, int] | None = None
@@ -143,16 +145,10 @@ class _Recipe:
     def _compute(self) -> Tensor:
         args = [_unpack(arg) if isinstance(arg, _Kept | _View) else arg for arg in self.args]
         with torch.no_grad():
-            if _autocast(self.device) == self.autocast:
+            if autocast_dtype(self.device) == self.autocast:
                 return self.op(*args, **self.options)
             with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
                 return self.op(*args, **self.options)
-
-
-def _autocast(device: torch.device) -> torch.dtype | None:
-    """The dtype that autocast computes in on that device, or None where it is off or there is none (meta)."""
-    available = torch.amp.is_autocast_available(device.type)
-    return torch.get_autocast_dtype(device.type) if available and torch.is_autocast_enabled(device.type) else None
 
 
 def _unpack(packed: _Packed) -> Tensor:

@@ -28,6 +28,18 @@ def is_whole(head: Any) -> bool:
     return type(head.weight) in _PLAIN and head.weight.shape == (head.out_features, head.in_features)
 
 
+def is_gathered(now: Tensor, then: Tensor) -> bool:
+    """Whether the weight that a forward saw, `then`, was made for it of parts, or brought from another device.
+
+    FSDP1 marks its parameters, or has none and makes views; FSDP2's are DTensors outside of a forward; ZeRO-3 numbers
+    its own; what accelerate offloads is on another device.
+    """
+    if now is then:
+        return hasattr(now, "ds_id")
+    marked = any(hasattr(t, name) for t in (now, then) for name in ("device_mesh", "ds_id", "_fsdp_flattened"))
+    return marked or now.device != then.device or type(now) is type(then) is Tensor
+
+
 def is_vocab_parallel(head: Any, hidden: Any) -> bool:
     """Whether tensor parallelism has shared out the rows of the head's weight, and every rank has the same `hidden`.
 

@@ -1,7 +1,7 @@
 """The classes that `liger.apply` swaps in: each a subclass of a module's own class that answers to its name.
 
-It keeps name, module and signature and replaces one method, so that isinstance, state_dict, hooks, gradient
-checkpointing, FSDP and PEFT see what they saw before.
+It keeps name, module and signature, replaces what its kernel needs and adds to the repr, so that isinstance,
+state_dict, hooks, gradient checkpointing, FSDP and PEFT see what they saw before.
 """
 
 from __future__ import annotations

@@ -9,8 +9,8 @@ Rotary embeddings rotate q and k together; Gemma 3n and Gemma 4 rotate one at a 
 of their own. RecurrentGemma rotates half of each head.
 
 The logits are capped by `final_logit_softcapping`, where it is not None; Gemma has no cap, RecurrentGemma calls it
-`logits_soft_cap`, T5Gemma has it in its decoder's config, and does not shift its labels. A model that takes more than
-text keeps its own loss: Gemma 3's does not apply the text model's cap.
+`logits_soft_cap`, T5Gemma has it in its decoder's config, and does not shift its labels. Of the models that take more
+than text, Gemma 3's does not apply the cap, and Gemma 3n's keeps its own loss; the towers keep their own code.
 """
 
 from liger.adapter import Adapter
@@ -19,6 +19,7 @@ from liger.causal_lm import CausalLM
 from liger.layers import Experts, GatedMLP, RMSNorm
 from liger.ops import rotary, rotary_one
 from liger_gemma.__about__ import __version__
+from liger_gemma.pali_gemma_lm import PaliGemmaLM
 from liger_gemma.sparse_gated_mlp import SparseGatedMLP
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "apply_liger_kernel_to_gemma3",
     "apply_liger_kernel_to_gemma3n",
     "apply_liger_kernel_to_gemma4",
+    "apply_liger_kernel_to_paligemma",
     "apply_liger_kernel_to_recurrent_gemma",
     "apply_liger_kernel_to_t5gemma",
     "apply_liger_kernel_to_vaultgemma",
@@ -36,6 +38,7 @@ __all__ = [
     "gemma3",
     "gemma3n",
     "gemma4",
+    "paligemma",
     "recurrent_gemma",
     "t5gemma",
     "vaultgemma",
@@ -63,7 +66,10 @@ gemma3 = Adapter(
     modeling="transformers.models.gemma3.modeling_gemma3",
     modules={"Gemma3RMSNorm": _NORM, "Gemma3MLP": _MLP},
     functions={"apply_rotary_pos_emb": rotary},
-    head=CausalLM("Gemma3ForCausalLM", softcap="final_logit_softcapping"),
+    head=(
+        CausalLM("Gemma3ForCausalLM", softcap="final_logit_softcapping"),
+        CausalLM("Gemma3ForConditionalGeneration"),
+    ),
 )
 
 gemma3n = Adapter(
@@ -81,7 +87,15 @@ gemma4 = Adapter(
         "Gemma4TextExperts": Experts(act="hidden_activation"),
     },
     functions={"apply_rotary_pos_emb": rotary_one},
-    head=CausalLM("Gemma4ForCausalLM", softcap="final_logit_softcapping"),
+    head=(
+        CausalLM("Gemma4ForCausalLM", softcap="final_logit_softcapping"),
+        CausalLM("Gemma4ForConditionalGeneration", softcap="text_config.final_logit_softcapping"),
+    ),
+)
+
+paligemma = Adapter(
+    modeling="transformers.models.paligemma.modeling_paligemma",
+    head=PaliGemmaLM("PaliGemmaForConditionalGeneration"),
 )
 
 recurrent_gemma = Adapter(
@@ -115,6 +129,7 @@ apply_liger_kernel_to_gemma2 = apply_liger_kernel(gemma2, mlp="geglu")
 apply_liger_kernel_to_gemma3 = apply_liger_kernel(gemma3, mlp="geglu")
 apply_liger_kernel_to_gemma3n = apply_liger_kernel(gemma3n, mlp="geglu")
 apply_liger_kernel_to_gemma4 = apply_liger_kernel(gemma4, mlp="geglu")
+apply_liger_kernel_to_paligemma = apply_liger_kernel(paligemma, mlp="geglu")
 apply_liger_kernel_to_recurrent_gemma = apply_liger_kernel(recurrent_gemma, mlp="geglu")
 apply_liger_kernel_to_vaultgemma = apply_liger_kernel(vaultgemma, mlp="geglu")
 apply_liger_kernel_to_t5gemma = apply_liger_kernel(t5gemma, mlp="geglu")

@@ -3,8 +3,8 @@
 The LLaMA norm rounds the normalised value to the input's dtype before it multiplies by the weight; the MLP is gated by
 `hidden_act`; rotary embeddings rotate whole heads; the head has no bias and no softcap, and may be tied.
 
-Llama 4's norm is the same under other names, and its norm of q and k has no weight. Mllama is the text model of
-Llama 3.2 Vision, which returns fp32 logits. DiffLlama normalises the difference of its two attentions by `nn.RMSNorm`,
+Llama 4's norm is the same under other names, and its norm of q and k has no weight. Mllama is Llama 3.2 Vision, whose
+text model returns fp32 logits. DiffLlama normalises the difference of its two attentions by `nn.RMSNorm`,
 which rounds once.
 """
 
@@ -57,7 +57,7 @@ mllama = Adapter(
         "MllamaTextMLP": GatedMLP(act="hidden_act"),
     },
     functions={"apply_rotary_pos_emb": rotary},
-    head=CausalLM("MllamaForCausalLM"),
+    head=(CausalLM("MllamaForCausalLM"), CausalLM("MllamaForConditionalGeneration")),
 )
 
 diffllama = Adapter(

@@ -17,11 +17,13 @@ __all__ = [
     "apply_liger_kernel_to_ministral",
     "apply_liger_kernel_to_ministral3",
     "apply_liger_kernel_to_mistral",
+    "apply_liger_kernel_to_mistral3",
     "apply_liger_kernel_to_mistral4",
     "apply_liger_kernel_to_mixtral",
     "ministral",
     "ministral3",
     "mistral",
+    "mistral3",
     "mistral4",
     "mixtral",
 ]
@@ -56,6 +58,12 @@ ministral3 = Adapter(
     head=CausalLM("Ministral3ForCausalLM"),
 )
 
+mistral3 = Adapter(
+    modeling="transformers.models.mistral3.modeling_mistral3",
+    modules={"Mistral3RMSNorm": RMSNorm(eps="variance_epsilon")},
+    head=CausalLM("Mistral3ForConditionalGeneration"),
+)
+
 mixtral = Adapter(
     modeling="transformers.models.mixtral.modeling_mixtral",
     modules={
@@ -80,5 +88,6 @@ mistral4 = Adapter(
 apply_liger_kernel_to_mistral = apply_liger_kernel(mistral)
 apply_liger_kernel_to_ministral = apply_liger_kernel(ministral)
 apply_liger_kernel_to_ministral3 = apply_liger_kernel(ministral3)
+apply_liger_kernel_to_mistral3 = apply_liger_kernel(mistral3)
 apply_liger_kernel_to_mixtral = apply_liger_kernel(mixtral)
 apply_liger_kernel_to_mistral4 = apply_liger_kernel(mistral4)

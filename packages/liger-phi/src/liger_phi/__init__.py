@@ -4,7 +4,8 @@ Phi and PhiMoE normalise by torch's own LayerNorm, with a bias, whatever PhiMoE'
 normalise q and k. Phi-3 has LLaMA's RMS norm.
 
 Phi's MLP has no gate, so there is nothing to fuse. Phi-3 computes gate and up by one projection, the gate first. PhiMoE
-has experts, which its router samples while it trains.
+has experts, which its router samples while it trains. Of Phi-4-multimodal it is the language model and its loss: its
+towers for images and sound keep their own code.
 
 Phi slices off the part of each head that is rotated; Phi-3's rotary function does that itself; PhiMoE rotates whole
 heads. Phi's head has a bias, PhiMoE's may have one.
@@ -21,9 +22,11 @@ __all__ = [
     "__version__",
     "apply_liger_kernel_to_phi",
     "apply_liger_kernel_to_phi3",
+    "apply_liger_kernel_to_phi4_multimodal",
     "apply_liger_kernel_to_phimoe",
     "phi",
     "phi3",
+    "phi4_multimodal",
     "phimoe",
 ]
 
@@ -47,6 +50,18 @@ phi3 = Adapter(
     head=CausalLM("Phi3ForCausalLM"),
 )
 
+phi4_multimodal = Adapter(
+    modeling="transformers.models.phi4_multimodal.modeling_phi4_multimodal",
+    modules={
+        "Phi4MultimodalRMSNorm": RMSNorm(eps="variance_epsilon"),
+        "Phi4MultimodalMLP": FusedGatedMLP(act="hidden_act", act_fn="activation_fn"),
+        "Phi4MultimodalAudioMLP": Stock(kind="mlp", reason="is the tower's for sound, and gates by its second half"),
+        "Phi4MultimodalAudioMeanVarianceNormLayer": Stock(kind="norm", reason="shifts and scales by two constants"),
+    },
+    functions={"apply_rotary_pos_emb": rotary},
+    head=CausalLM("Phi4MultimodalForCausalLM"),
+)
+
 phimoe = Adapter(
     modeling="transformers.models.phimoe.modeling_phimoe",
     modules={
@@ -59,4 +74,5 @@ phimoe = Adapter(
 
 apply_liger_kernel_to_phi = apply_liger_kernel(phi)
 apply_liger_kernel_to_phi3 = apply_liger_kernel(phi3)
+apply_liger_kernel_to_phi4_multimodal = apply_liger_kernel(phi4_multimodal)
 apply_liger_kernel_to_phimoe = apply_liger_kernel(phimoe)

@@ -5,9 +5,11 @@ Qwen 2 and 3 have LLaMA's norm (Qwen 3 also on each head of q and k, before they
 transformers' own dispatch; the shared expert is an MLP like any other; router and auxiliary loss are not touched.
 
 Qwen3-Next and Qwen 3.5 multiply by `1 + weight` and round once, rotate the first quarter of a head, and mix linear with
-full attention. Of a linear attention only the gated norm of its output runs on kernels. Of Qwen 3.5
-it is the text model, alone or beside its vision tower, which keeps its own code; positions of three axes have become
-plain cos and sin before attention sees them.
+full attention. Of a linear attention only the gated norm of its output runs on kernels.
+
+Of the models that see images (Qwen2-VL, Qwen2.5-VL, Qwen3-VL, Qwen 3.5) it is the language model and its loss; the
+vision tower keeps its own code, but for Qwen2.5-VL's norms, which are the language model's class. Positions of three
+axes have become plain cos and sin before attention sees them.
 """
 
 from liger.adapter import Adapter
@@ -21,19 +23,27 @@ from liger_qwen.gated_rms_norm import GatedRMSNorm
 __all__ = [
     "__version__",
     "apply_liger_kernel_to_qwen2",
+    "apply_liger_kernel_to_qwen2_5_vl",
     "apply_liger_kernel_to_qwen2_moe",
+    "apply_liger_kernel_to_qwen2_vl",
     "apply_liger_kernel_to_qwen3",
     "apply_liger_kernel_to_qwen3_5",
     "apply_liger_kernel_to_qwen3_5_moe",
     "apply_liger_kernel_to_qwen3_moe",
     "apply_liger_kernel_to_qwen3_next",
+    "apply_liger_kernel_to_qwen3_vl",
+    "apply_liger_kernel_to_qwen3_vl_moe",
     "qwen2",
+    "qwen2_5_vl",
     "qwen2_moe",
+    "qwen2_vl",
     "qwen3",
     "qwen3_5",
     "qwen3_5_moe",
     "qwen3_moe",
     "qwen3_next",
+    "qwen3_vl",
+    "qwen3_vl_moe",
 ]
 
 qwen2 = Adapter(
@@ -55,6 +65,26 @@ qwen2_moe = Adapter(
     },
     functions={"apply_rotary_pos_emb": rotary},
     head=CausalLM("Qwen2MoeForCausalLM"),
+)
+
+qwen2_vl = Adapter(
+    modeling="transformers.models.qwen2_vl.modeling_qwen2_vl",
+    modules={
+        "Qwen2VLRMSNorm": RMSNorm(eps="variance_epsilon"),
+        "Qwen2MLP": GatedMLP(act="hidden_act"),
+    },
+    functions={"apply_rotary_pos_emb": rotary},
+    head=CausalLM("Qwen2VLForConditionalGeneration"),
+)
+
+qwen2_5_vl = Adapter(
+    modeling="transformers.models.qwen2_5_vl.modeling_qwen2_5_vl",
+    modules={
+        "Qwen2_5_VLRMSNorm": RMSNorm(eps="variance_epsilon"),
+        "Qwen2MLP": GatedMLP(act="hidden_act"),
+    },
+    functions={"apply_rotary_pos_emb": rotary},
+    head=CausalLM("Qwen2_5_VLForConditionalGeneration"),
 )
 
 qwen3 = Adapter(
@@ -90,6 +120,27 @@ qwen3_next = Adapter(
     head=CausalLM("Qwen3NextForCausalLM"),
 )
 
+qwen3_vl = Adapter(
+    modeling="transformers.models.qwen3_vl.modeling_qwen3_vl",
+    modules={
+        "Qwen3VLTextRMSNorm": RMSNorm(eps="variance_epsilon"),
+        "Qwen3VLTextMLP": GatedMLP(act="hidden_act"),
+    },
+    functions={"apply_rotary_pos_emb": rotary},
+    head=CausalLM("Qwen3VLForConditionalGeneration"),
+)
+
+qwen3_vl_moe = Adapter(
+    modeling="transformers.models.qwen3_vl_moe.modeling_qwen3_vl_moe",
+    modules={
+        "Qwen3VLMoeTextRMSNorm": RMSNorm(eps="variance_epsilon"),
+        "Qwen3VLMoeTextMLP": GatedMLP(act="hidden_act"),
+        "Qwen3VLMoeTextExperts": Experts(act="hidden_act"),
+    },
+    functions={"apply_rotary_pos_emb": rotary},
+    head=CausalLM("Qwen3VLMoeForConditionalGeneration"),
+)
+
 qwen3_5 = Adapter(
     modeling="transformers.models.qwen3_5.modeling_qwen3_5",
     modules={
@@ -114,9 +165,13 @@ qwen3_5_moe = Adapter(
 )
 
 apply_liger_kernel_to_qwen2 = apply_liger_kernel(qwen2)
+apply_liger_kernel_to_qwen2_vl = apply_liger_kernel(qwen2_vl)
+apply_liger_kernel_to_qwen2_5_vl = apply_liger_kernel(qwen2_5_vl)
 apply_liger_kernel_to_qwen2_moe = apply_liger_kernel(qwen2_moe)
 apply_liger_kernel_to_qwen3 = apply_liger_kernel(qwen3)
 apply_liger_kernel_to_qwen3_moe = apply_liger_kernel(qwen3_moe)
 apply_liger_kernel_to_qwen3_next = apply_liger_kernel(qwen3_next)
+apply_liger_kernel_to_qwen3_vl = apply_liger_kernel(qwen3_vl)
+apply_liger_kernel_to_qwen3_vl_moe = apply_liger_kernel(qwen3_vl_moe)
 apply_liger_kernel_to_qwen3_5 = apply_liger_kernel(qwen3_5)
 apply_liger_kernel_to_qwen3_5_moe = apply_liger_kernel(qwen3_5_moe)

@@ -54,8 +54,8 @@ def grpo_loss(
 
     Raises:
         ValueError: shapes do not fit, loss_type or importance_sampling_level is unknown, ref_log_probs or
-            max_completion_length is needed or not positive, num_items_in_batch is
-            negative, or an argument is given that this loss_type does not read.
+            max_completion_length is needed or not positive, num_items_in_batch is negative, or an argument is given
+            that this loss_type does not read.
         TypeError: an input is not floating-point, or mask is.
     """
     op = "grpo_loss"

@@ -15,6 +15,7 @@ and backward does the gradient.
 from __future__ import annotations
 
 import math
+import operator
 from typing import Any, Literal
 
 import torch
@@ -136,10 +137,12 @@ def checked_options(
     logit_scale: float = 1.0,
 ) -> Options:
     """The options of an op's call, as plain numbers."""
-    if not isinstance(ignore_index, int):
-        raise TypeError(f"{op}: ignore_index must be an int, not {ignore_index!r}")
+    try:
+        index = operator.index(ignore_index)
+    except TypeError:
+        raise TypeError(f"{op}: ignore_index must be an int, not {ignore_index!r}") from None
     return Options(
-        ignore_index,
+        index,
         constant(op, "label_smoothing", label_smoothing),
         constant(op, "z_loss", z_loss),
         None if softcap is None else constant(op, "softcap", softcap),

@@ -18,6 +18,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from liger.ops.autocast import autocast_dtype
+
 CHUNK_BYTES = 256 * 2**20
 """How much memory one chunk of logits may take: 1024 rows of 128256 in bf16."""
 
@@ -120,13 +122,12 @@ def add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
         torch.mm(a, b, out=total)
     elif total.dtype == a.dtype:
         torch.addmm(total, a, b, out=total)
-    elif total.is_cuda and total.dtype == torch.float32:
-        beta = 0 if first else 1  # with 0, what is in `total` is not read
-        torch.addmm(total, a, b, out_dtype=total.dtype, beta=beta, out=total)
-    elif first:
-        total.copy_(a @ b)
     else:
-        total.add_(a @ b)
+        beta = 0 if first else 1  # with 0, what is in `total` is not read
+        if total.is_cuda and total.dtype == torch.float32:
+            torch.addmm(total, a, b, out_dtype=total.dtype, beta=beta, out=total)
+        else:
+            torch.addmm(total, a.to(total.dtype), b.to(total.dtype), beta=beta, out=total)
 
 
 def needed(input: Tensor, weight: Tensor, bias: Tensor | None) -> Needs:
@@ -236,8 +237,7 @@ def check_dtypes(
     op: str, input: Tensor, weight: Tensor, bias: Tensor | None, names: tuple[str, str, str] = _NAMES
 ) -> torch.dtype:
     """The dtype that `F.linear` would compute in: autocast's, where it is on, else the one that all of them have."""
-    device = input.device.type
-    autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    autocast = autocast_dtype(input.device)
 
     def cast(dtype: torch.dtype) -> torch.dtype:
         return dtype if autocast is None or dtype == torch.float64 else autocast

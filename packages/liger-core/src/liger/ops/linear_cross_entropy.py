@@ -10,8 +10,9 @@ second backward through the same graph computes them again. `reduction="none"` h
 keeps two numbers per row, and backward goes through the chunks again. Where all logits are few, they may exist (see
 `FEW_LOGITS`).
 
-Losses and softmax run in fp32 (fp64 inputs: all in fp64). dW is summed in the weight's dtype, or in `accum_dtype`; for
-fp16 weights in fp32, since there it is not divided by the whole denominator until backward (see `early_and_late`).
+Losses and softmax run in fp32 (fp64 inputs: all in fp64). dW is summed in the weight's dtype, or in `accum_dtype`, or
+in fp32 where that would be rounded too often (see `linear_chunks.updates`); for fp16 weights in fp32, since there it is
+not divided by the whole denominator until backward (see `early_and_late`).
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ gradient per row, so that backward goes through the chunks again, with both prod
 The teacher is a constant: no gradient reaches its input, weight or bias.
 
 Losses and softmaxes run in fp32 (fp64 inputs: all in fp64). The student's weight gradient is summed in the weight's
-dtype (fp16: fp32), or in `accum_dtype`.
+dtype (fp16: fp32), in `accum_dtype`, or in fp32 where that would be rounded too often (see `linear_chunks.updates`).
 """
 
 from __future__ import annotations

@@ -52,9 +52,8 @@ def early_and_late(denominator: Tensor | None, dtype: torch.dtype) -> tuple[Tens
 
     In fp16 the quotient would underflow before a GradScaler's factor arrives with the upstream gradient. There only the
     denominator's mantissa is divided by in forward; its power of two rounds nothing in backward, nor does the scaler's.
-    With it goes 2⁶: a gradient of 10⁻⁶, near certainty, has few digits in fp16, and none may reach 65504.
     """
     if denominator is None or dtype != torch.float16:
         return denominator, None
     mantissa, exponent = torch.frexp(denominator.float())
-    return mantissa / 64, torch.ldexp(torch.ones_like(mantissa), exponent + 6)
+    return mantissa, torch.ldexp(torch.ones_like(mantissa), exponent)
