@@ -75,12 +75,23 @@ class CausalLM:
             after = self.after_head(model)
         except AttributeError as error:
             return f"its logits' scale and softcap cannot be read: {error}"
+        if reason := self.softcap_declines(model):
+            return reason
         for name, value in ((self.logit_scale, after.scale), (self.logit_divisor, after.divisor)):
             if not isinstance(value, (int, float)):
                 return f"its {name} is {type(value).__name__}, not a number"
         if after.softcap is not None and not 0 < after.softcap < math.inf:
             return f"its {self.softcap} is {after.softcap}, not a positive number"
         return None
+
+    def softcap_declines(self, model: nn.Module) -> str | None:
+        """Why the model may not apply the softcap that `softcap` says, or may apply one that it does not, or None."""
+        caps = mentions_softcap(type(model))
+        if caps == (self.softcap is not None):
+            return None
+        return (
+            f"its forward {'caps' if caps else 'does not cap'} the logits, and the adapter's softcap is {self.softcap}"
+        )
 
     def find_head(self, model: nn.Module) -> Any:
         """What the model calls for its logits, or None where it has nothing under that name."""
@@ -185,6 +196,14 @@ class CausalLM:
     def parallel_head_members(self, base: type[nn.Module]) -> dict[str, Any]:
         """The same for a head on whose instance transformers' tensor parallelism has put a forward of its own."""
         return {"forward": before_the_instance(_answering(lambda head, input: vars(head)["forward"](input)))}
+
+
+@functools.cache
+def mentions_softcap(cls: type[nn.Module]) -> bool:
+    """Whether the code of the class's own forward has something to do with a softcap."""
+    code = inspect.unwrap(cls.forward).__code__
+    words = (*code.co_names, *(word for word in code.co_consts if isinstance(word, str) and " " not in word))
+    return any("softcap" in word or "soft_cap" in word for word in words)
 
 
 def _answering(stock: Callable[..., Tensor]) -> Callable[..., Tensor]:
