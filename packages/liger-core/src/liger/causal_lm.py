@@ -198,7 +198,6 @@ class CausalLM:
         return {"forward": before_the_instance(_answering(lambda head, input: vars(head)["forward"](input)))}
 
 
-@functools.cache
 def mentions_softcap(cls: type[nn.Module]) -> bool:
     """Whether the code of the class's own forward has something to do with a softcap."""
     code = inspect.unwrap(cls.forward).__code__
