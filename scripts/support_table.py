@@ -80,7 +80,7 @@ def table(rows: list[Support], with_package: bool) -> str:
     for row in rows:
         package = [f"`{row.package}`"] if with_package else []
         lines.append(_row([*package, f"`{row.key}`", f"`{row.model}`", *_cells(row, notes)]))
-    legend = f"{RUNS}: runs on a kernel. {ABSENT}: the model has no such part."
+    legend = f"{RUNS}: runs on a kernel. {ABSENT}: the model's file in transformers has no such part."
     if not notes:
         return "\n".join([*lines, "", legend])
     numbered = [f"{number}. {note}." for number, note in enumerate(notes, 1)]

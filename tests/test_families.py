@@ -22,6 +22,7 @@ from contracts import contracts
 from liger.adapter import Adapter, Layer
 from liger.causal_lm import CausalLM
 from liger.layers import Stock
+from liger.patch import apply_adapters
 from liger.testing import TINY, AdapterContract
 from liger.testing.parity import assert_same_step, in_fp64
 from liger.testing.tiny import batch, build
@@ -124,6 +125,18 @@ def test_a_model_class_that_another_library_has_derived(contract, device):
     assert any("Overrides overrides its forward" in d.reason for d in patches[2].declined)
     for model, loss in zip(models, losses, strict=True):
         torch.testing.assert_close(model(**test.inputs(model)).loss, loss, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("model", "softcap", "does"), [("Gemma2", None, "caps"), ("Gemma", "vocab_size", "does not cap")]
+)
+def test_a_softcap_that_adapter_and_forward_do_not_agree_on_is_declined(device, model, softcap, does):
+    adapter = CONTRACTS[f"liger-gemma Test{model}"].adapter
+    adapter = dataclasses.replace(adapter, head=dataclasses.replace(adapter.head, softcap=softcap))
+    cls = getattr(adapter.module(), f"{model}ForCausalLM")
+    declined = apply_adapters(build(cls, cls.config_class(**TINY), device), [adapter]).declined
+    reason = f"its forward {does} the logits, and the adapter's softcap is {softcap}"
+    assert {(d.kind, d.reason) for d in declined} == {("loss", reason)}
 
 
 # Every field of every adapter.

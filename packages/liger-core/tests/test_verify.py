@@ -108,7 +108,7 @@ def test_experts_are_told_from_the_rest(device, monkeypatch):
     [
         ("norm", {"modules": {**LLAMA.modules, "LlamaRMSNorm": RMSNorm(eps="variance_epsilon", offset=0.2)}}),
         ("rope", {"functions": {"apply_rotary_pos_emb": lambda q, k, cos, sin, unsqueeze_dim=1: (q, k)}}),
-        ("the loss", {"head": CausalLM("LlamaForCausalLM", softcap="rms_norm_eps")}),
+        ("the loss", {"head": CausalLM("LlamaForCausalLM", logit_scale="config.initializer_range")}),
     ],
 )
 def test_a_wrong_adapter_is_found_in_bf16_too(device, suspect, changed):

@@ -72,7 +72,7 @@ def test_dropouts_are_where_they_were(device, path):
 
 
 def test_there_is_no_switch_for_an_mlp_without_a_gate(device):
-    with pytest.raises(TypeError, match="phi has rope, layer_norm, cross_entropy, fused_linear_cross_entropy"):
+    with pytest.raises(TypeError, match="expected of rope, layer_norm, cross_entropy, fused_linear_cross_entropy"):
         apply_liger_kernel_to_phi(model(device), swiglu=True)
     with pytest.raises(ValueError, match="mlp=True was asked for and can be applied nowhere: PhiMLP: has no gate"):
         liger.apply(model(device), mlp=True)

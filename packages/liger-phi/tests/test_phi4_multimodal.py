@@ -17,8 +17,8 @@ AUDIO = {"hidden_size": 16, "intermediate_size": 24, "num_blocks": 1, "num_atten
 class TestPhi4Multimodal(AdapterContract):
     adapter = phi4_multimodal
     declines: ClassVar = {
-        "Phi4MultimodalAudioMLP": "^is the tower's for sound",
-        "Phi4MultimodalAudioMeanVarianceNormLayer": "^shifts and scales by two constants",
+        "mlp": "^is the tower's for sound, and gates by its second half",
+        "norm": "^shifts and scales by two constants",
     }
 
     def config(self):

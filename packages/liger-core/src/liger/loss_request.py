@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
+from liger.autocast import autocast_dtype
 from liger.lazy_logits import LazyLogits
 from liger.ops import cross_entropy, linear_cross_entropy
-from liger.ops.autocast import autocast_dtype
 from liger.ops.vocab_parallel_cross_entropy import vocab_parallel_linear_cross_entropy
 from liger.optimizer_steps import steps_of
 from liger.sharded_head import call_again, is_gathered, is_vocab_parallel, is_whole

@@ -47,7 +47,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from liger.ops.autocast import autocast_dtype
+from liger.autocast import autocast_dtype
 
 __all__ = ["forward_in_region", "rebuildable"]
 

@@ -19,7 +19,6 @@ from liger.causal_lm import CausalLM
 from liger.layers import Experts, GatedMLP, RMSNorm
 from liger.ops import rotary, rotary_one
 from liger_gemma.__about__ import __version__
-from liger_gemma.pali_gemma_lm import PaliGemmaLM
 from liger_gemma.sparse_gated_mlp import SparseGatedMLP
 
 __all__ = [
@@ -29,7 +28,6 @@ __all__ = [
     "apply_liger_kernel_to_gemma3",
     "apply_liger_kernel_to_gemma3n",
     "apply_liger_kernel_to_gemma4",
-    "apply_liger_kernel_to_paligemma",
     "apply_liger_kernel_to_recurrent_gemma",
     "apply_liger_kernel_to_t5gemma",
     "apply_liger_kernel_to_vaultgemma",
@@ -38,7 +36,6 @@ __all__ = [
     "gemma3",
     "gemma3n",
     "gemma4",
-    "paligemma",
     "recurrent_gemma",
     "t5gemma",
     "vaultgemma",
@@ -93,11 +90,6 @@ gemma4 = Adapter(
     ),
 )
 
-paligemma = Adapter(
-    modeling="transformers.models.paligemma.modeling_paligemma",
-    head=PaliGemmaLM("PaliGemmaForConditionalGeneration"),
-)
-
 recurrent_gemma = Adapter(
     modeling="transformers.models.recurrent_gemma.modeling_recurrent_gemma",
     modules={"RecurrentGemmaRMSNorm": _NORM, "RecurrentGemmaMlp": _MLP},
@@ -129,7 +121,6 @@ apply_liger_kernel_to_gemma2 = apply_liger_kernel(gemma2, mlp="geglu")
 apply_liger_kernel_to_gemma3 = apply_liger_kernel(gemma3, mlp="geglu")
 apply_liger_kernel_to_gemma3n = apply_liger_kernel(gemma3n, mlp="geglu")
 apply_liger_kernel_to_gemma4 = apply_liger_kernel(gemma4, mlp="geglu")
-apply_liger_kernel_to_paligemma = apply_liger_kernel(paligemma, mlp="geglu")
 apply_liger_kernel_to_recurrent_gemma = apply_liger_kernel(recurrent_gemma, mlp="geglu")
 apply_liger_kernel_to_vaultgemma = apply_liger_kernel(vaultgemma, mlp="geglu")
 apply_liger_kernel_to_t5gemma = apply_liger_kernel(t5gemma, mlp="geglu")

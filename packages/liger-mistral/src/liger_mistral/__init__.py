@@ -60,7 +60,6 @@ ministral3 = Adapter(
 
 mistral3 = Adapter(
     modeling="transformers.models.mistral3.modeling_mistral3",
-    modules={"Mistral3RMSNorm": RMSNorm(eps="variance_epsilon")},
     head=CausalLM("Mistral3ForConditionalGeneration"),
 )
 

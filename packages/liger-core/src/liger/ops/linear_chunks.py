@@ -18,7 +18,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from liger.ops.autocast import autocast_dtype
+from liger.autocast import autocast_dtype
 
 CHUNK_BYTES = 256 * 2**20
 """How much memory one chunk of logits may take: 1024 rows of 128256 in bf16."""
@@ -122,12 +122,13 @@ def add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
         torch.mm(a, b, out=total)
     elif total.dtype == a.dtype:
         torch.addmm(total, a, b, out=total)
-    else:
+    elif total.is_cuda and total.dtype == torch.float32:
         beta = 0 if first else 1  # with 0, what is in `total` is not read
-        if total.is_cuda and total.dtype == torch.float32:
-            torch.addmm(total, a, b, out_dtype=total.dtype, beta=beta, out=total)
-        else:
-            torch.addmm(total, a.to(total.dtype), b.to(total.dtype), beta=beta, out=total)
+        torch.addmm(total, a, b, out_dtype=total.dtype, beta=beta, out=total)
+    elif first:
+        total.copy_(a @ b)
+    else:
+        total.add_(a @ b)
 
 
 def needed(input: Tensor, weight: Tensor, bias: Tensor | None) -> Needs:
