@@ -1,6 +1,6 @@
 """What has gone wrong in other libraries of fused kernels, one test a case, with the thread that reported it.
 
-The numbers that are not here:
+Four numbers are tested elsewhere:
 
 21  DDP, FSDP, ZeRO-3 with a trainable head, all ranks' gradients: `tests/distributed`
 22  adapters on or around the head: `tests/test_peft.py`

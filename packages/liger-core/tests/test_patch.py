@@ -40,8 +40,8 @@ def test_report(model):
         "  loss  1 × Linear → linear_cross_entropy",
         "  loss  1 × LlamaForCausalLM → the loss of its head",
         "  rope  2 × LlamaAttention → rotary",
-        "  mlp   2 × LlamaMLP → GatedMLP(act='hidden_act', act_fn='act_fn', dropout=None)",
-        "  norm  5 × LlamaRMSNorm → RMSNorm(eps='variance_epsilon', offset=0.0, cast='llama')",
+        "  mlp   2 × LlamaMLP → swiglu",
+        "  norm  5 × LlamaRMSNorm → rms_norm",
     ]
 
 

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from liger.known_code import foreign_global
+from liger.known_code import HOOKS, foreign_global
 from liger.loss_request import AfterHead, LossRequest, StockLoss, running, stock_loss_of
 from liger.sharded_head import before_the_instance, has_transformers_forward, is_taken_away
 
@@ -36,7 +36,6 @@ _GATHERING = (
     "trl.models.activation_offloading",
 )
 """Whose hooks make a head's weight whole, offload, or name the module that runs, and do not look at its output."""
-_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
 
 @dataclass(frozen=True)
@@ -134,9 +133,9 @@ class CausalLM:
             return f"a parametrization of {self.head}, which may be random, changes logits"
         if "forward" in vars(head) and not (has_transformers_forward(head) or _is_accelerates(head)):
             return f"{self.head}.forward was replaced on the instance, which may change logits"
-        hooks = [getattr(head, kind) for kind in _HOOKS]
-        hooks += [getattr(nn.modules.module, f"_global{kind}", {}) for kind in _HOOKS]  # private: there may be none
-        watched = any(not _defined_in(hook).startswith(_GATHERING) for kind in hooks for hook in kind.values())
+        hooks = [getattr(head, kind) for kind in HOOKS]
+        hooks += [getattr(nn.modules.module, f"_global{kind}", {}) for kind in HOOKS]  # private: there may be none
+        watched = any(not _module_of(hook).startswith(_GATHERING) for kind in hooks for hook in kind.values())
         return f"a hook on {self.head} may see or change logits" if watched else None
 
     def model_members(self, base: type[nn.Module]) -> dict[str, Any]:
@@ -240,10 +239,10 @@ def _is_accelerates(head: nn.Module) -> bool:
     """Whether the forward on the instance is accelerate's, which runs nothing but accelerate's own hooks."""
     hook = getattr(head, "_hf_hook", None)
     hooks = getattr(hook, "hooks", (hook,))
-    return all(_defined_in(of).startswith("accelerate.") for of in (vars(head)["forward"], *map(type, hooks)))
+    return all(_module_of(of).startswith("accelerate.") for of in (vars(head)["forward"], *map(type, hooks)))
 
 
-def _defined_in(hook: Any) -> str:
+def _module_of(hook: Any) -> str:
     while isinstance(hook, functools.partial):
         hook = hook.func
     return str(getattr(hook, "__module__", ""))

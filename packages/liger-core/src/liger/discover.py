@@ -40,7 +40,15 @@ class VersionRangeError(RuntimeError):
 
 @dataclass(frozen=True)
 class InstalledAdapter:
-    """An adapter that is installed, not yet imported."""
+    """An adapter that is installed, not yet imported.
+
+    Attributes:
+        key: the transformers model package that it is for.
+        distribution: the package of ours, or of somebody else's, that has it.
+        version: of that distribution.
+        requires: the distribution's requirements, as its metadata has them.
+        entry_point: what imports it.
+    """
 
     key: str
     distribution: str

@@ -37,6 +37,10 @@ def foreign_forward(cls: type, method: str = "forward") -> str | None:
     return f"{cls.__qualname__}.{method} was replaced by {described(function)}"
 
 
+HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+"""The attributes in which a module keeps its hooks."""
+
+
 def foreign_class(cls: type, name: str, modeling: str) -> str | None:
     """Why `cls`, which `modeling` has under that name, is not the class that it had there, or None."""
     if "." in name or _package(cls.__module__) == _package(modeling):

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from liger.adapter import Kind, Layer
+from liger.known_code import HOOKS
 from liger.ops import geglu, geglu_joined, layer_norm, rms_norm, swiglu, swiglu_joined
 from liger.ops.geglu import Approximate
 from liger.ops.launch import runs_kernels
@@ -134,12 +135,10 @@ _GATE_OF_CLASS = {
 }
 """By the class that an activation is an instance of, which may be another one tomorrow than the config names."""
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-
 
 def _gate_of(act_fn: Any) -> _Gate | None:
     """The kernels of an activation; None where it must be called itself."""
-    if any(getattr(act_fn, hooks, None) for hooks in _HOOKS):
+    if any(getattr(act_fn, hooks, None) for hooks in HOOKS):
         return None
     return _GATE_OF_CLASS.get((type(act_fn).__module__, type(act_fn).__name__))
 
@@ -171,7 +170,7 @@ class _Gated(Layer):
         act_fn = getattr(module, self.act_fn, None)
         if act_fn is None:
             return f"has no {self.act_fn}"
-        if any(getattr(act_fn, hooks, None) for hooks in _HOOKS):
+        if any(getattr(act_fn, hooks, None) for hooks in HOOKS):
             return f"a hook on its {self.act_fn} wants to be called"
         points = torch.linspace(-4, 4, 17, device="cpu")
         with torch.no_grad():

@@ -83,8 +83,9 @@ class LazyLogits(Tensor):
             lost = self.requires_grad and not self._with_grad
         if lost and torch.is_grad_enabled():
             raise RuntimeError(
-                "outputs.logits went through an autograd Function before they were read (DeepSpeed's ZeRO?): gradients "
-                "would not reach the model; read outputs.logits.detach(), or use liger.apply(model, loss='full')"
+                "liger: outputs.logits went through an autograd Function before they were read (DeepSpeed's ZeRO?): "
+                "gradients would not reach the model; read outputs.logits.detach(), or use liger.apply(model, "
+                "loss='full')"
             )
         return self._read()
 
@@ -109,7 +110,9 @@ class LazyLogits(Tensor):
         def compute() -> Tensor:
             value = self.materialize() if grad else self._read()
             if _version(value) != self._version_read:
-                raise RuntimeError("outputs.logits were changed in place before a conversion of them was first read")
+                raise RuntimeError(
+                    "liger: outputs.logits were changed in place before a conversion of them was first read"
+                )
             with torch.set_grad_enabled(grad):
                 return func(value, *args, **kwargs)
 
@@ -127,8 +130,8 @@ class LazyLogits(Tensor):
         kwargs = kwargs or {}
         if func is Tensor.retain_grad:
             raise RuntimeError(
-                "outputs.logits.retain_grad(): outputs.loss is computed without these logits, so that no gradient of "
-                "it reaches them; for a loss of your own keep that of outputs.logits + 0, or use "
+                "liger: outputs.logits.retain_grad(): outputs.loss is computed without these logits, so that no "
+                "gradient of it reaches them; for a loss of your own keep that of outputs.logits + 0, or use "
                 "liger.apply(model, loss='full')"
             )
         if func is Tensor.register_hook:
@@ -175,6 +178,6 @@ def _refuse(gradient: Tensor | None) -> None:
     if gradient is None:  # DDP passes every output through a Function of its own, and uses no gradient of this one
         return
     raise RuntimeError(
-        "outputs.logits went into an autograd Function or a C++ operator as they are, which sees no gradient path to "
-        "the model behind them: give it outputs.logits + 0"
+        "liger: outputs.logits went into an autograd Function or a C++ operator as they are, which sees no gradient "
+        "path to the model behind them: give it outputs.logits + 0"
     )

@@ -139,8 +139,8 @@ class LossRequest:
             sharded = is_gathered(now[0], weight)
             if sharded and upstream.has_arrived:
                 raise RuntimeError(
-                    "outputs.logits are computed when they are first read, and the head's sharded weight may have "
-                    "changed since the forward; read them before backward"
+                    "liger: outputs.logits are computed when they are first read, and the head's sharded weight may "
+                    "have changed since the forward; read them before backward"
                 )
             if not sharded and (
                 now[0] is not weight
@@ -151,13 +151,14 @@ class LossRequest:
                 or is_parametrized(head)
             ):
                 raise RuntimeError(
-                    "outputs.logits are computed when they are first read, and the head's weight or bias has changed "
-                    "since the forward; read them before optimizer.step(), or use liger.apply(model, loss='full')"
+                    "liger: outputs.logits are computed when they are first read, and the head's weight or bias has "
+                    "changed since the forward; read them before optimizer.step(), or use liger.apply(model, "
+                    "loss='full')"
                 )
             if versions(hidden) != of_input:
                 raise RuntimeError(
-                    "outputs.logits are computed when they are first read, and the head's input was changed in place "
-                    "since the forward; read them before that"
+                    "liger: outputs.logits are computed when they are first read, and the head's input was changed in "
+                    "place since the forward; read them before that"
                 )
             with (
                 torch.inference_mode(inference),

@@ -26,16 +26,19 @@ _log = logging.getLogger(__name__)
 _originals: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 """The modules whose class `apply` has swapped, at any time. A copy of one is not among them."""
 
-
-_Swapped = tuple[nn.Module, type[nn.Module], type[nn.Module]]
+_LiveSwap = tuple[nn.Module, type[nn.Module], type[nn.Module]]
 """A module, its own class, and the subclass of it that runs the kernel."""
 
 
 class Patch(Plan):
     """What `apply` did to a model. Print it; undo it; or use it as a context manager, which undoes it at the end."""
 
+    _undone = False
+
     def __str__(self) -> str:
-        return "liger.Patch\n  nothing is swapped: LIGER_DISABLE is set" if DISABLED else super().__str__()
+        if DISABLED:
+            return "liger.Patch\n  nothing is swapped: LIGER_DISABLE is set"
+        return f"{super().__str__()}\n  undone since" if self._undone else super().__str__()
 
     def undo(self) -> None:
         """Give every module its class back, and every copy of one that has come into the model since, as by PEFT.
@@ -57,12 +60,13 @@ class Patch(Plan):
             module.__class__ = before
         self._swaps.clear()
         self._model = None
+        self._undone = True
 
-    def _alive(self) -> list[_Swapped]:
+    def _alive(self) -> list[_LiveSwap]:
         found = ((swap.module(), swap) for swap in self._swaps)
         return [(module, swap.before, swap.after) for module, swap in found if module is not None]
 
-    def _copies(self) -> list[_Swapped]:
+    def _copies(self) -> list[_LiveSwap]:
         """The patched modules of the model that are nobody's: copies. With another Patch's beside them, only ours."""
         model = None if self._model is None else self._model()
         if model is None:
@@ -143,7 +147,7 @@ def apply_adapters(
     recompute: bool = False,
     skip: Sequence[str] = (),
 ) -> Patch:
-    """`apply` with given adapters instead of the installed ones."""
+    """`apply` with given adapters instead of the installed ones: its switches, its Patch, its ValueErrors."""
     switches = Switches(rope=rope, norm=norm, mlp=mlp, experts=experts, loss=loss, recompute=recompute, skip=skip)
     if DISABLED:
         return turned_off()

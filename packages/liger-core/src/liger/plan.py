@@ -150,7 +150,8 @@ def _kernels(adapter: Adapter, name: str, module: nn.Module, parent: type, switc
         if getattr(switches, layer.kind):
             reason = switches.skipped(name) or foreign_class(cls, target, adapter.modeling)
             reason = reason or foreign_method(module, cls, layer.method) or layer.declines(module)
-            yield _Proposal(name, module, layer.kind, target, repr(layer), reason, layer_class, layer)
+            runs = repr(layer) if reason else layer.kernel(module)
+            yield _Proposal(name, module, layer.kind, target, runs, reason, layer_class, layer)
     ours: list[Any] = [c for c in type(module).__mro__ if c.__module__ == adapter.modeling]
     for cls in (c for c in ours if not issubclass(c, Swappable)):
         if switches.rope:

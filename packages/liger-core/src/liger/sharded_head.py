@@ -95,12 +95,13 @@ def call_again(head: Any, hidden: Tensor, shape: torch.Size) -> Tensor:
         if is_whole(head):
             raise
         raise RuntimeError(
-            "outputs.logits are computed when they are first read, and the head's weight is no longer whole: make the "
-            "head an FSDP unit of its own and read them before backward, or use liger.apply(model, loss='full')"
+            "liger: outputs.logits are computed when they are first read, and the head's weight is no longer whole: "
+            "make the head an FSDP unit of its own and read them before backward, or use liger.apply(model, "
+            "loss='full')"
         ) from error
     if logits.shape != shape:
         raise RuntimeError(
-            f"the head returns logits of shape {tuple(logits.shape)}, a part of {tuple(shape)}: parallelize it with "
-            "output_layouts=Replicate()"
+            f"liger: the head returns logits of shape {tuple(logits.shape)}, a part of {tuple(shape)}: parallelize it "
+            "with output_layouts=Replicate()"
         )
     return logits

@@ -129,7 +129,7 @@ def test_by_kind_modules_are_counted_and_by_module_each_has_a_line(llama, saved,
     status, page, _ = run("explain", folder)
     assert status == 0
     assert page.startswith("LlamaForCausalLM, model type llama, by liger-llama 1.2.3 (llama)\n")
-    assert "| norm |       5 | LlamaRMSNorm     | RMSNorm(eps='variance_epsilon'" in page
+    assert "| norm |       5 | LlamaRMSNorm     | rms_norm" in page
     assert "| mlp  |       2 | LlamaMLP | " in page
     assert "14 Linear" in page
     _, page, _ = run("explain", folder, "--modules")

@@ -190,7 +190,7 @@ def layer_norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = No
     """Shift and scale the last dimension of `x` to mean 0 and variance 1, then multiply by `weight` and add `bias`.
 
     Args:
-        x: (..., N), fp32, bf16, fp16 or fp64.
+        x: (..., N), fp32, bf16, fp16 or fp64. More than 16384 columns take the reference.
         weight: (N,), any of these dtypes, on x's device; None for no scale.
         bias: (N,), likewise; None for no shift.
         eps: added to the variance.

@@ -200,7 +200,7 @@ def rms_norm(
     """Normalise the last dimension of `x` by its root mean square and scale it by `offset + weight`.
 
     Args:
-        x: (..., N), fp32, bf16, fp16 or fp64.
+        x: (..., N), fp32, bf16, fp16 or fp64. More than 65536 columns take the reference.
         weight: (N,), any of these dtypes, on x's device; None for no scale.
         eps: added to the mean of squares.
         offset: added to the weight before it multiplies (Gemma's norms: 1.0).
