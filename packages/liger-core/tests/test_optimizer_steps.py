@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from liger import optimizer_steps
-from liger.optimizer_steps import steps_of
+from liger.optimizer_steps import StepsSince
 
 
 class PastTheVersions(torch.optim.Optimizer):
@@ -44,7 +44,6 @@ def test_logits_read_before_the_step_or_after_anothers_are_the_models(pair, inpu
     others_head = PastTheVersions(stock.lm_head.parameters())
     outputs = patched(**inputs)
     expected = stock(**inputs).logits
-    outputs.loss.backward()
     other.step()
     others_head.step()
     torch.testing.assert_close(outputs.logits + 0, expected)
@@ -54,31 +53,41 @@ def test_only_later_steps_of_its_own_parameters_count():
     mine, others = (nn.Parameter(torch.ones(2)) for _ in range(2))
     early, late, foreign = (PastTheVersions([p]) for p in (mine, mine, others))
     early.step()
-    stepped = steps_of(mine, None)
+    steps = StepsSince(mine, None)
     foreign.step()
-    assert not stepped()
+    assert steps.any()
+    assert not steps.changed(got_gradients=True)
     late.step()
-    assert stepped()
-    assert not steps_of(mine)()
+    assert steps.changed(got_gradients=False)
+    assert not StepsSince(mine).changed(got_gradients=True)
+
+
+def test_a_step_of_any_counts_for_a_parameter_that_got_gradients_and_that_no_optimizer_holds():
+    """A shard of it may be held, or a copy in fp32."""
+    mine, copy = (nn.Parameter(torch.ones(2)) for _ in range(2))
+    steps = StepsSince(mine)
+    PastTheVersions([copy]).step()
+    assert steps.changed(got_gradients=True)
+    assert not steps.changed(got_gradients=False)
 
 
 def test_a_frozen_parameter_is_not_changed_by_an_optimizer_that_holds_it():
     frozen = nn.Parameter(torch.ones(2), requires_grad=False)
-    optimizer, stepped = PastTheVersions([frozen, nn.Parameter(torch.ones(2))]), steps_of(frozen)
+    optimizer, steps = PastTheVersions([frozen, nn.Parameter(torch.ones(2))]), StepsSince(frozen)
     optimizer.step()
-    assert not stepped()
+    assert not steps.changed(got_gradients=True)
 
 
 def test_no_optimizer_and_no_parameter_is_kept_alive():
     parameter, another = (nn.Parameter(torch.ones(2)) for _ in range(2))
-    steps_of(parameter)
+    StepsSince(parameter)
     optimizer, next_one = PastTheVersions([parameter]), PastTheVersions([another])
     optimizer.step()
-    stepped, held = steps_of(parameter), weakref.ref(optimizer)
+    steps, held = StepsSince(parameter), weakref.ref(optimizer)
     del optimizer, parameter
     gc.collect()
     assert held() is None
-    assert not stepped()
+    assert not steps.changed(got_gradients=True)
     next_one.step()
     assert all(ref() is not None for ref, _ in optimizer_steps._last_step.values())
 
@@ -88,8 +97,19 @@ def test_an_optimizer_that_cannot_be_hashed():
         __hash__ = None
 
     parameter = nn.Parameter(torch.ones(2))
-    stepped = steps_of(parameter)
+    steps = StepsSince(parameter)
     Unhashable([parameter]).step()
     optimizer = Unhashable([parameter])
     optimizer.step()
-    assert stepped()
+    assert steps.changed(got_gradients=True)
+
+
+def test_logits_read_after_a_compiled_step_of_a_fused_optimizer_are_refused(pair, inputs):
+    """Its kernel counts no version either."""
+    patched = pair[1]
+    optimizer = torch.optim.SGD(patched.parameters(), lr=0.5, fused=True)
+    outputs = patched(**inputs)
+    outputs.loss.backward()
+    torch.compile(optimizer.step, backend="eager")()
+    with pytest.raises(RuntimeError, match="read them before optimizer.step"):
+        outputs.logits + 0

@@ -152,6 +152,13 @@ def test_on_the_meta_device(pair, inputs):
     stock, patched = (model.to("meta") for model in pair)
     inputs = {name: value.to("meta") for name, value in inputs.items()}
     for model in (stock, patched):
-        loss = model(**inputs).loss
-        loss.backward()
-        assert (loss.device.type, loss.shape) == ("meta", ())
+        outputs = model(**inputs)
+        outputs.loss.backward()
+        assert (outputs.loss.device.type, outputs.loss.shape) == ("meta", ())
+        assert (outputs.logits + 0).shape == (*inputs["labels"].shape, TINY["vocab_size"])
+
+
+def test_a_compiled_model_that_returns_a_tuple_has_none_in_the_logits_place(pair, inputs):
+    outputs = torch.compile(pair[1], backend="eager")(**inputs, return_dict=False)
+    torch.testing.assert_close(outputs[0], pair[0](**inputs).loss)
+    assert outputs[1] is None

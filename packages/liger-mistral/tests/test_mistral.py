@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import pytest
 import torch
 from transformers import Ministral3Config, MinistralConfig, Mistral3Config, MistralConfig
@@ -49,6 +51,7 @@ class TestMistral3(AdapterContract):
     """Given text alone: it has one of the above as its language model, and a loss."""
 
     adapter = mistral3
+    declines: ClassVar = {"norm": "^is the projector's, and sees nothing but images"}
 
     def config(self):
         vision = {"hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 1, "num_attention_heads": 2}

@@ -92,6 +92,16 @@ class TestQwen3VLMoe(OfImages):
 
 
 @pytest.mark.parametrize("contract", [TestQwen2VL, TestQwen25VL, TestQwen3VL, TestQwen3VLMoe])
+def test_a_word_about_the_cache_does_not_bring_whole_logits(device, contract):
+    """Some of these models name no `use_cache`, and hand it on to their loss."""
+    contract = contract()
+    model = contract.model(device)
+    contract.apply(model)
+    logits = model(**contract.inputs(model), use_cache=False).logits
+    assert "LazyLogits" in repr(logits)
+
+
+@pytest.mark.parametrize("contract", [TestQwen2VL, TestQwen25VL, TestQwen3VL, TestQwen3VLMoe])
 def test_an_image_of_four_tokens(device, path, contract):
     """The tower's attention and MLP keep their own code, and it gets its gradients."""
     contract = contract()

@@ -78,7 +78,9 @@ def apply_liger_kernel(adapter: Adapter, mlp: Literal["swiglu", "geglu"] = "swig
     kernels = {type(layer).__name__: layer.kind for layer in adapter.modules.values() if not isinstance(layer, Stock)}
     gated = sorted({"mlp", "experts"} & set(kernels.values()))
     norm = "layer_norm" if "LayerNorm" in kernels else "rms_norm"
-    names: dict[str, Any] = {"rope": TRUE, norm: TRUE, **({mlp: TRUE} if gated else {})}
+    has = {"rope": any(not isinstance(op, str) for op in adapter.functions.values())}
+    has |= {norm: "norm" in kernels.values(), mlp: bool(gated)}
+    names: dict[str, Any] = {name: TRUE for name, is_there in has.items() if is_there}
     names |= {"cross_entropy": False, "fused_linear_cross_entropy": TRUE}
 
     def apply(model: nn.Module | None = None, **named: bool) -> Patch:
@@ -86,7 +88,8 @@ def apply_liger_kernel(adapter: Adapter, mlp: Literal["swiglu", "geglu"] = "swig
             unknown = ", ".join(sorted(named.keys() - names.keys()))
             raise TypeError(f"{apply.__name__}: unexpected switch {unknown}, expected of {', '.join(names)}")
         on = {**names, **named}
-        switches: dict[str, Any] = {"rope": on["rope"], "norm": on[norm], "loss": _loss(on), "mlp": TRUE}
+        switches: dict[str, Any] = {"loss": _loss(on), "mlp": TRUE}
+        switches |= {kind: on.get(name, TRUE) for kind, name in (("rope", "rope"), ("norm", norm))}
         # One switch for two kinds: that each is applied somewhere cannot be asked, an MLP may be all experts.
         switches |= {kind: TRUE if on[mlp] and len(gated) > 1 else on[mlp] for kind in gated}
         if model is not None:

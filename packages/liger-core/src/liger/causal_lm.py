@@ -85,12 +85,10 @@ class CausalLM:
 
     def softcap_declines(self, model: nn.Module) -> str | None:
         """Why the model may not apply the softcap that `softcap` says, or may apply one that it does not, or None."""
-        caps = mentions_softcap(type(model))
+        caps = _mentions(type(model), *filter(None, ("softcap", "soft_cap", (self.softcap or "").rpartition(".")[2])))
         if caps == (self.softcap is not None):
             return None
-        return (
-            f"its forward {'caps' if caps else 'does not cap'} the logits, and the adapter's softcap is {self.softcap}"
-        )
+        return f"its forward mentions {'a' if caps else 'no'} softcap, and the adapter's is {self.softcap}"
 
     def find_head(self, model: nn.Module) -> Any:
         """What the model calls for its logits, or None where it has nothing under that name."""
@@ -197,11 +195,11 @@ class CausalLM:
         return {"forward": before_the_instance(_answering(lambda head, input: vars(head)["forward"](input)))}
 
 
-def mentions_softcap(cls: type[nn.Module]) -> bool:
-    """Whether the code of the class's own forward has something to do with a softcap."""
+def _mentions(cls: type[nn.Module], *parts: str) -> bool:
+    """Whether a name in the code of the class's own forward, or a word that it holds, contains one of the parts."""
     code = inspect.unwrap(cls.forward).__code__
     words = (*code.co_names, *(word for word in code.co_consts if isinstance(word, str) and " " not in word))
-    return any("softcap" in word or "soft_cap" in word for word in words)
+    return any(part in word for word in words for part in parts)
 
 
 def _answering(stock: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -223,7 +221,8 @@ def _kwargs_of_every_forward() -> set[str]:
 
     renamed = "past_key_values"  # from transformers 5.24 on a decorator takes it, and hands it on as `cache`
     filled_in = ("vision_feature_layer", "vision_feature_select_strategy", "vision_aspect_ratio")  # from the config
-    return {*TransformersKwargs.__annotations__, "ignore_index", "shift_labels", "return_dict", renamed, *filled_in}
+    own = ("ignore_index", "shift_labels", "return_dict", "use_cache", renamed)
+    return {*TransformersKwargs.__annotations__, *own, *filled_in}
 
 
 def _is_asked_by_a_stranger(model: nn.Module, heads: list[Any]) -> bool:

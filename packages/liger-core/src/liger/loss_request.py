@@ -7,6 +7,7 @@ gathers a head of its own there.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
@@ -20,7 +21,7 @@ from liger.autocast import autocast_dtype
 from liger.lazy_logits import LazyLogits
 from liger.ops import cross_entropy, linear_cross_entropy
 from liger.ops.vocab_parallel_cross_entropy import vocab_parallel_linear_cross_entropy
-from liger.optimizer_steps import steps_of
+from liger.optimizer_steps import StepsSince
 from liger.sharded_head import call_again, is_gathered, is_vocab_parallel, is_whole
 
 StockLoss = Literal["ForCausalLMLoss", "ForMaskedLMLoss"]
@@ -131,13 +132,13 @@ class LossRequest:
         bias = head.bias
         addresses = [t.data_ptr() if type(t) is nn.Parameter else None for t in (weight, bias)]
         of_input, of_head = versions(hidden), versions(weight, bias)
-        stepped_since = steps_of(weight, bias)
+        steps = StepsSince(weight, bias)
 
         def recompute(dtype: torch.dtype) -> Tensor:
             now = head.weight, head.bias
             # What is sharded or offloaded was gathered for the forward: backward is what an optimizer follows.
             sharded = is_gathered(now[0], weight)
-            if sharded and upstream.has_arrived:
+            if sharded and (upstream.has_arrived or steps.any()):
                 raise RuntimeError(
                     "liger: outputs.logits are computed when they are first read, and the head's sharded weight may "
                     "have changed since the forward; read them before backward"
@@ -147,7 +148,7 @@ class LossRequest:
                 or now[1] is not bias
                 or any(at is not None and t.data_ptr() != at for t, at in zip(now, addresses, strict=True))
                 or versions(*now) != of_head
-                or stepped_since()
+                or steps.changed(upstream.has_arrived)
                 or is_parametrized(head)
             ):
                 raise RuntimeError(
@@ -163,7 +164,7 @@ class LossRequest:
             with (
                 torch.inference_mode(inference),
                 torch.set_grad_enabled(grad),
-                torch.autocast(hidden.device.type, autocast, enabled=autocast is not None),
+                _autocast(hidden.device.type, autocast),
             ):
                 # A forward that is running meanwhile asks the head for its own loss, not for that of these states.
                 asked = running.requests.pop(head, None)
@@ -221,6 +222,8 @@ class LossRequest:
         placeholder, recompute = self.placeholder, self.recompute
         if placeholder is None:
             return output
+        if recompute is None and isinstance(output, tuple):
+            return tuple(None if value is placeholder else value for value in output)
         if recompute is None:
             kept = {name: value for name, value in output.items() if value is not placeholder}
             return type(output)(**kept)
@@ -232,6 +235,12 @@ class LossRequest:
             if value is placeholder:
                 output[name] = lazy
         return output
+
+
+def _autocast(kind: str, dtype: torch.dtype | None) -> contextlib.AbstractContextManager[Any]:
+    """Autocast to that dtype, or off; nothing on a device that has none (meta)."""
+    available = torch.amp.is_autocast_available(kind)
+    return torch.autocast(kind, dtype, enabled=dtype is not None) if available else contextlib.nullcontext()
 
 
 class _Running(threading.local):

@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import threading
 import weakref
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -24,8 +23,6 @@ _steps = 0
 
 def _note_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     global _steps
-    if torch.compiler.is_compiling():  # compiled steps count versions
-        return
     with _lock:
         _steps += 1
         known = _last_step.get(id(optimizer))
@@ -38,18 +35,34 @@ def _note_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
 @functools.cache
 def _watch() -> None:
     """From the first loss of a head on: importing this file changes nothing in the process."""
-    register_optimizer_step_post_hook(_note_step)
+    register_optimizer_step_post_hook(torch.compiler.disable(_note_step))  # or it would run once, when a step is traced
 
 
-def steps_of(*parameters: Tensor | None) -> Callable[[], bool]:
-    """A function that says whether any optimizer that trains one of the parameters has made a step since this call."""
-    _watch()
-    then, watched = _steps, [weakref.ref(parameter) for parameter in parameters if parameter is not None]
+class StepsSince:
+    """The steps that optimizers have made since this was made, as far as they concern some parameters."""
 
-    def stepped() -> bool:
-        alive = {id(parameter) for ref in watched if (parameter := ref()) is not None and parameter.requires_grad}
+    def __init__(self, *parameters: Tensor | None) -> None:
+        _watch()
+        self._then = _steps
+        self._parameters = [weakref.ref(parameter) for parameter in parameters if parameter is not None]
+
+    def any(self) -> bool:
+        """Whether any optimizer has made one."""
+        return _steps > self._then
+
+    def changed(self, got_gradients: bool) -> bool:
+        """Whether one that holds a parameter has; or any, if `got_gradients` and none that we know of holds it.
+
+        Then it may hold a shard of it, or a copy in fp32.
+        """
+        alive = {id(p) for ref in self._parameters if (p := ref()) is not None and p.requires_grad}
         with _lock:
-            later = [optimizer for ref, step in _last_step.values() if step > then and (optimizer := ref()) is not None]
-        return any(id(p) in alive for optimizer in later for group in optimizer.param_groups for p in group["params"])
+            known = [(optimizer, step) for ref, step in _last_step.values() if (optimizer := ref()) is not None]
+        holding = [step for optimizer, step in known if not alive.isdisjoint(_held(optimizer))]
+        if alive and got_gradients and not holding:
+            return self.any()
+        return any(step > self._then for step in holding)
 
-    return stepped
+
+def _held(optimizer: Optimizer) -> set[int]:
+    return {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}

@@ -7,7 +7,7 @@ dispatch of transformers. Mistral 4 compresses its attention, norms what it comp
 from liger.adapter import Adapter
 from liger.apply_liger_kernel import apply_liger_kernel
 from liger.causal_lm import CausalLM
-from liger.layers import Experts, GatedMLP, RMSNorm
+from liger.layers import Experts, GatedMLP, RMSNorm, Stock
 from liger.ops import rotary
 from liger_mistral.__about__ import __version__
 from liger_mistral.rotary_pairs import rotary_pairs
@@ -60,6 +60,7 @@ ministral3 = Adapter(
 
 mistral3 = Adapter(
     modeling="transformers.models.mistral3.modeling_mistral3",
+    modules={"Mistral3RMSNorm": Stock(kind="norm", reason="is the projector's, and sees nothing but images")},
     head=CausalLM("Mistral3ForConditionalGeneration"),
 )
 
