@@ -108,22 +108,12 @@ def test_positions_of_three_axes_reach_attention_as_cos_and_sin(device, path):
 
 
 @pytest.mark.parametrize("contract", [TestQwen35OfImages, TestQwen35MoeOfImages])
-def test_an_image_of_four_tokens(device, path, contract):
+def test_an_image_of_four_tokens(device, path, contract, with_an_image):
     """The tower keeps its own code and gets its gradients."""
     contract = contract()
     stock, patched = contract.model(device), contract.model(device)
     patch = contract.apply(patched)
     assert not any("visual" in s.name for s in patch.swapped)
-    inputs = batch(95, device)
-    image = torch.zeros_like(inputs["input_ids"], dtype=torch.bool)
-    image[:, 2:6] = True
-    inputs = {
-        "input_ids": inputs["input_ids"].masked_fill(image, 95),
-        "labels": inputs["labels"].masked_fill(image, -100),
-        "mm_token_type_ids": image.int(),
-        "pixel_values": torch.randn(2 * 16, 3 * 2 * 2 * 2, generator=torch.Generator().manual_seed(2)).to(device),
-        "image_grid_thw": torch.tensor([[1, 4, 4]] * 2, device=device),
-    }
     # Torch multiplies the patches in tf32 on a GPU, and a linear attention's small gradients are a matter of luck.
-    assert_same_step(patched, stock, in_fp64(stock), inputs, together=True)
+    assert_same_step(patched, stock, in_fp64(stock), with_an_image, together=True)
     assert patched.model.visual.patch_embed.proj.weight.grad.abs().sum() > 0

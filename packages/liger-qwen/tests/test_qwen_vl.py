@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import ClassVar
 
 import pytest
-import torch
 from transformers import Qwen2_5_VLConfig, Qwen2VLConfig, Qwen3VLConfig, Qwen3VLMoeConfig
 
 from liger.testing import TINY, AdapterContract
@@ -102,21 +101,11 @@ def test_a_word_about_the_cache_does_not_bring_whole_logits(device, contract):
 
 
 @pytest.mark.parametrize("contract", [TestQwen2VL, TestQwen25VL, TestQwen3VL, TestQwen3VLMoe])
-def test_an_image_of_four_tokens(device, path, contract):
+def test_an_image_of_four_tokens(device, path, contract, with_an_image):
     """The tower's attention and MLP keep their own code, and it gets its gradients."""
     contract = contract()
     stock, patched = contract.model(device), contract.model(device)
     patch = contract.apply(patched)
     assert {s.kind for s in patch.swapped if "visual" in s.name} <= {"norm"}
-    inputs = batch(95, device)
-    image = torch.zeros_like(inputs["input_ids"], dtype=torch.bool)
-    image[:, 2:6] = True
-    inputs = {
-        "input_ids": inputs["input_ids"].masked_fill(image, 95),
-        "labels": inputs["labels"].masked_fill(image, -100),
-        "mm_token_type_ids": image.int(),
-        "pixel_values": torch.randn(2 * 16, 3 * 2 * 2 * 2, generator=torch.Generator().manual_seed(2)).to(device),
-        "image_grid_thw": torch.tensor([[1, 4, 4]] * 2, device=device),
-    }
-    assert_same_step(patched, stock, in_fp64(stock), inputs, together=True)
+    assert_same_step(patched, stock, in_fp64(stock), with_an_image, together=True)
     assert patched.model.visual.patch_embed.proj.weight.grad.abs().sum() > 0

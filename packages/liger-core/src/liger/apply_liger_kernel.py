@@ -88,8 +88,8 @@ def apply_liger_kernel(adapter: Adapter, mlp: Literal["swiglu", "geglu"] = "swig
             unknown = ", ".join(sorted(named.keys() - names.keys()))
             raise TypeError(f"{apply.__name__}: unexpected switch {unknown}, expected of {', '.join(names)}")
         on = {**names, **named}
-        switches: dict[str, Any] = {"loss": _loss(on), "mlp": TRUE}
-        switches |= {kind: on.get(name, TRUE) for kind, name in (("rope", "rope"), ("norm", norm))}
+        switches: dict[str, Any] = {"rope": on.get("rope", TRUE), "norm": on.get(norm, TRUE)}
+        switches |= {"loss": _loss(on), "mlp": TRUE}
         # One switch for two kinds: that each is applied somewhere cannot be asked, an MLP may be all experts.
         switches |= {kind: TRUE if on[mlp] and len(gated) > 1 else on[mlp] for kind in gated}
         if model is not None:

@@ -1,6 +1,9 @@
-"""What autocast does on a device."""
+"""What autocast computes in on a device, and the same again later."""
 
 from __future__ import annotations
+
+import contextlib
+from typing import Any
 
 import torch
 
@@ -10,3 +13,10 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
     kind = device.type
     available = torch.amp.is_autocast_available(kind)
     return torch.get_autocast_dtype(kind) if available and torch.is_autocast_enabled(kind) else None
+
+
+def under_autocast(device: torch.device, dtype: torch.dtype | None) -> contextlib.AbstractContextManager[Any]:
+    """Where autocast on that device computes in `dtype`, or is off for None; costs nothing where that is so already."""
+    if autocast_dtype(device) == dtype:
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, dtype, enabled=dtype is not None)

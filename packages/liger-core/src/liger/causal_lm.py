@@ -74,7 +74,7 @@ class CausalLM:
             after = self.after_head(model)
         except AttributeError as error:
             return f"its logits' scale and softcap cannot be read: {error}"
-        if reason := self.softcap_declines(model):
+        if reason := self._softcap_declines(model):
             return reason
         for name, value in ((self.logit_scale, after.scale), (self.logit_divisor, after.divisor)):
             if not isinstance(value, (int, float)):
@@ -83,7 +83,7 @@ class CausalLM:
             return f"its {self.softcap} is {after.softcap}, not a positive number"
         return None
 
-    def softcap_declines(self, model: nn.Module) -> str | None:
+    def _softcap_declines(self, model: nn.Module) -> str | None:
         """Why the model may not apply the softcap that `softcap` says, or may apply one that it does not, or None."""
         caps = _mentions(type(model), *filter(None, ("softcap", "soft_cap", (self.softcap or "").rpartition(".")[2])))
         if caps == (self.softcap is not None):

@@ -7,7 +7,6 @@ gathers a head of its own there.
 
 from __future__ import annotations
 
-import contextlib
 import threading
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
@@ -17,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from liger.autocast import autocast_dtype
+from liger.autocast import autocast_dtype, under_autocast
 from liger.lazy_logits import LazyLogits
 from liger.ops import cross_entropy, linear_cross_entropy
 from liger.ops.vocab_parallel_cross_entropy import vocab_parallel_linear_cross_entropy
@@ -164,7 +163,7 @@ class LossRequest:
             with (
                 torch.inference_mode(inference),
                 torch.set_grad_enabled(grad),
-                _autocast(hidden.device.type, autocast),
+                under_autocast(hidden.device, autocast),
             ):
                 # A forward that is running meanwhile asks the head for its own loss, not for that of these states.
                 asked = running.requests.pop(head, None)
@@ -201,8 +200,8 @@ class LossRequest:
                 return _OutOf.apply(logits, self.loss.detach(), self.upstream) if logits.requires_grad else self.loss
             if self.recompute is None:
                 raise RuntimeError(
-                    "the model changed the arguments of its loss inside a compiled graph; use liger.apply(model, "
-                    "loss='full')"
+                    "liger: the model changed the arguments of its loss inside a compiled graph; use "
+                    "liger.apply(model, loss='full')"
                 )
             logits = self.recompute(logits.dtype)
         if as_asked and type(logits) is Tensor and logits.shape[-1] == vocab_size and self._fits(logits):
@@ -235,12 +234,6 @@ class LossRequest:
             if value is placeholder:
                 output[name] = lazy
         return output
-
-
-def _autocast(kind: str, dtype: torch.dtype | None) -> contextlib.AbstractContextManager[Any]:
-    """Autocast to that dtype, or off; nothing on a device that has none (meta)."""
-    available = torch.amp.is_autocast_available(kind)
-    return torch.autocast(kind, dtype, enabled=dtype is not None) if available else contextlib.nullcontext()
 
 
 class _Running(threading.local):

@@ -47,7 +47,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from liger.autocast import autocast_dtype
+from liger.autocast import autocast_dtype, under_autocast
 
 __all__ = ["forward_in_region", "rebuildable"]
 
@@ -144,11 +144,8 @@ class _Recipe:
 
     def _compute(self) -> Tensor:
         args = [_unpack(arg) if isinstance(arg, _Kept | _View) else arg for arg in self.args]
-        with torch.no_grad():
-            if autocast_dtype(self.device) == self.autocast:
-                return self.op(*args, **self.options)
-            with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
-                return self.op(*args, **self.options)
+        with torch.no_grad(), under_autocast(self.device, self.autocast):
+            return self.op(*args, **self.options)
 
 
 def _unpack(packed: _Packed) -> Tensor:
