@@ -52,6 +52,7 @@ def test_logits_read_before_the_step_or_after_anothers_are_the_models(pair, inpu
 def test_only_later_steps_of_its_own_parameters_count():
     mine, others = (nn.Parameter(torch.ones(2)) for _ in range(2))
     early, late, foreign = (PastTheVersions([p]) for p in (mine, mine, others))
+    StepsSince()  # the first one begins to watch
     early.step()
     steps = StepsSince(mine, None)
     foreign.step()

@@ -45,7 +45,16 @@ def some(rows, columns, device, dtype=torch.float32, ignored=()):
 @pytest.fixture
 def small_tiles(monkeypatch):
     """A row of a few hundred columns then takes several tiles, the last not full."""
-    monkeypatch.setattr(loss_rows, "tile_of", lambda columns, itemsize: (2, 64, 1))
+    monkeypatch.setattr(loss_rows, "tile_of", lambda *_: (2, 64, 1))
+
+
+@pytest.mark.parametrize(
+    ("columns", "on_h100", "on_h200"),
+    [(32000, 4, 4), (50304, 2, 4), (65536, 2, 2), (100352, 1, 2), (201088, 1, 2), (262144, 1, 1)],
+)
+def test_a_multiprocessor_is_at_as_many_rows_as_its_gpu_is_fast_with(columns, on_h100, on_h200):
+    warps = [loss_rows.tile_of(columns, 2, l2_bytes=mib * 2**20)[2] for mib in (50, 60)]
+    assert [32 // w for w in warps] == [on_h100, on_h200]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

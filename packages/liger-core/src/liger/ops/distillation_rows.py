@@ -26,7 +26,7 @@ import math
 import torch
 from torch import Tensor
 
-from liger.ops.launch import jit, launch, runs_kernels, tl
+from liger.ops.launch import jit, l2_bytes, launch, runs_kernels, tl
 from liger.ops.loss_rows import tile_of
 
 
@@ -222,7 +222,7 @@ def fill_distillation_rows(
     if not runs_kernels(student, teacher):
         _reference_fill(student, teacher, counts, beta, temperature, loss, with_gradient, upstream, denominator)
         return
-    _, width, warps = tile_of(columns, student.element_size() + teacher.element_size())
+    _, width, warps = tile_of(columns, student.element_size() + teacher.element_size(), l2_bytes(student))
     mixes = 0 < beta < 1
     launch(
         _rows_kernel, (rows,), student, teacher, counts, upstream, denominator, loss, student.stride(0),

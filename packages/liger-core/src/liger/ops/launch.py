@@ -29,7 +29,10 @@ else:
     except ImportError:  # macOS and Windows have no Triton: the references run there.
         triton = tl = None
 
-__all__ = ["INTERPRETED", "enabled", "jit", "launch", "next_power_of_2", "runs_kernels", "sm_count", "tl", "triton"]
+__all__ = [
+    "INTERPRETED", "enabled", "jit", "l2_bytes", "launch", "next_power_of_2", "runs_kernels", "sm_count", "tl",
+    "triton",
+]  # fmt: skip
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 """Whether kernels run in Triton's interpreter, on CPU tensors. Triton reads the variable when a kernel is defined."""
@@ -133,6 +136,11 @@ def _launch_here(
 def sm_count(x: Tensor) -> int:
     """Streaming multiprocessors of the device of `x`; 4 in the interpreter, which runs programs one by one."""
     return torch.cuda.get_device_properties(x.device.index).multi_processor_count if x.is_cuda else 4
+
+
+def l2_bytes(x: Tensor) -> int:
+    """The size of the L2 cache of the device of `x`; 0 in the interpreter."""
+    return int(torch.cuda.get_device_properties(x.device.index).L2_cache_size) if x.is_cuda else 0
 
 
 def next_power_of_2(n: int) -> int:

@@ -28,7 +28,7 @@ import math
 import torch
 from torch import Tensor
 
-from liger.ops.launch import jit, launch, next_power_of_2, runs_kernels, tl
+from liger.ops.launch import jit, l2_bytes, launch, next_power_of_2, runs_kernels, tl
 from liger.ops.loss_rows import Options, capped_logits, reference_z, tile_of
 
 _LOG2_E = math.log2(math.e)
@@ -290,7 +290,7 @@ def differentiate_rows(
     if not runs_kernels(logits):
         _reference_differentiate(logits, target, options, temperature, statistics, *upstream, first_class)
         return
-    depth, width, warps = tile_of(columns, logits.element_size())
+    depth, width, warps = tile_of(columns, logits.element_size(), l2_bytes(logits))
     launch(
         _differentiate_kernel, (rows,), logits, target, statistics, *upstream, logits.stride(0),
         *(0 if g is None else g.stride(0) for g in upstream), columns, classes, first_class, options.ignore_index,

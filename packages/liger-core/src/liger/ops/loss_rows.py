@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from liger.ops.launch import jit, launch, next_power_of_2, runs_kernels, tl
+from liger.ops.launch import jit, l2_bytes, launch, next_power_of_2, runs_kernels, tl
 from liger.ops.tanh import tanh
 
 
@@ -246,14 +246,16 @@ def _rows_kernel(
             tl.store(row_gradient + label, (dz * factor).to(gradient.dtype.element_ty), mask=is_label)
 
 
-def tile_of(columns: int, itemsize: int) -> tuple[int, int, int]:
+def tile_of(columns: int, itemsize: int, l2_bytes: int) -> tuple[int, int, int]:
     """(depth, width, warps) of a tile: 8 neighbouring columns a thread, `depth` times over.
 
-    A multiprocessor works on 32 warps: on four rows at once, on two, or on one alone, as many as leave all the rows
-    that the GPU is at in its L2 cache, where the second reading finds them.
+    A multiprocessor works on 32 warps: on four rows at once, on two, or on one alone. One row's reductions hide behind
+    another's reading, so more are better as long as the rows that the GPU is at are in its L2 cache, where the second
+    reading finds them. Where that is larger than an H100's 50 MiB, memory is faster too, and two rows need not fit.
     """
+    four, two = (100 * 2**10, 400 * 2**10) if l2_bytes > 56 * 2**20 else (80 * 2**10, 160 * 2**10)
     row_bytes = columns * itemsize
-    most = 2048 if row_bytes <= 80 * 2**10 else 4096 if row_bytes <= 160 * 2**10 else 8192
+    most = 2048 if row_bytes <= four else 4096 if row_bytes <= two else 8192
     width = min(max(next_power_of_2(columns), 128), most)
     depth = min(next_power_of_2(-(-columns // width)), 4 if itemsize == 2 else 2)
     return depth, width, max(width // 256, 1)
@@ -280,7 +282,7 @@ def fill_rows(
     if not runs_kernels(logits):
         _reference_fill(logits, target, options, loss, lse, gradient, upstream, denominator, part)
         return
-    depth, width, warps = tile_of(columns, logits.element_size())
+    depth, width, warps = tile_of(columns, logits.element_size(), l2_bytes(logits))
     output = logits if gradient is None else gradient
     launch(
         _rows_kernel, (rows,), logits, target, upstream, denominator, loss, lse, output, logits.stride(0),
