@@ -162,3 +162,16 @@ def test_a_compiled_model_that_returns_a_tuple_has_none_in_the_logits_place(pair
     outputs = torch.compile(pair[1], backend="eager")(**inputs, return_dict=False)
     torch.testing.assert_close(outputs[0], pair[0](**inputs).loss)
     assert outputs[1] is None
+
+
+@pytest.mark.parametrize("evaluates", [False, True])
+def test_a_head_that_is_compiled_by_itself_has_logits_in_evaluation(pair, inputs, no_interpreter, evaluates):
+    stock, patched = (model.train(not evaluates) for model in pair)
+    patched.lm_head.compile(backend="aot_eager")
+    assert_same_step(patched, stock, in_fp64(stock), inputs)
+    assert patched.lm_head._compiled_call_impl is not None
+    logits = patched(**inputs).logits
+    if evaluates:
+        torch.testing.assert_close(logits + 0, stock(**inputs).logits)
+    else:
+        assert logits is None

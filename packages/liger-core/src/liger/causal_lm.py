@@ -169,7 +169,7 @@ class CausalLM:
                 _warn(f"{reason}, so they are computed whole")
                 heads = []
             # An evaluation loop reads the logits after the forward.
-            if not self.training and any(is_taken_away(self, head) for head in heads if isinstance(head, nn.Linear)):
+            if not self.training and any(_leaves_none(self, head) for head in heads if isinstance(head, nn.Linear)):
                 heads = []
             outer = dict(requests)
             requests.update(dict.fromkeys((self, *heads), request))
@@ -223,6 +223,11 @@ def _kwargs_of_every_forward() -> set[str]:
     filled_in = ("vision_feature_layer", "vision_feature_select_strategy", "vision_aspect_ratio")  # from the config
     own = ("ignore_index", "shift_labels", "return_dict", "use_cache", renamed)
     return {*TransformersKwargs.__annotations__, *own, *filled_in}
+
+
+def _leaves_none(model: nn.Module, head: nn.Linear) -> bool:
+    """Whether lazy logits could not be had from the head after the forward; `head.compile()` makes a graph of it."""
+    return is_taken_away(model, head) or getattr(head, "_compiled_call_impl", None) is not None
 
 
 def _is_asked_by_a_stranger(model: nn.Module, heads: list[Any]) -> bool:
