@@ -326,6 +326,28 @@ def test_half_precision_log_probs_are_computed_with_in_fp32(device, name, dtype)
     assert torch.equal(got, LOSSES[name][0](wide.old, wide))
 
 
+@pytest.mark.parametrize("level", ["token", "sequence"])
+@pytest.mark.parametrize("advantage", [1.0, 0.0, -1.0])
+def test_a_ratio_beyond_all_numbers_makes_nothing_nan(device, level, advantage):
+    """Nor does that of a token that does not count, whose advantage is 0."""
+    log_probs = torch.full((1, 3), -1.0, device=device, requires_grad=True)
+    mask = torch.tensor([[True, True, False]], device=device)
+    advantages = torch.full((1,), advantage, device=device)
+    loss = grpo_loss(
+        log_probs, advantages, mask, old_log_probs=log_probs.detach() - 90, importance_sampling_level=level
+    )  # fmt: skip
+    (gradient,) = torch.autograd.grad(loss, log_probs)
+    assert loss.isfinite()
+    assert torch.equal(gradient, torch.zeros_like(gradient))
+    if advantage >= 0:
+        torch.testing.assert_close(loss.item(), -1.2 * advantage)
+
+
+def test_cpo_without_the_chosen_nll_does_not_read_it(device):
+    chosen, rejected, nan = (torch.tensor(x, device=device) for x in ([-1.0], [-2.0], math.nan))
+    assert cpo_loss(chosen, rejected, nan, alpha=0.0).isfinite()
+
+
 ONE, TWO, TOKEN = torch.zeros(2), torch.zeros(2, 1), torch.zeros(2, 3)
 MASK, THREE = torch.ones(2, 3, dtype=torch.int64), torch.zeros(3)
 REFUSED = {
@@ -342,6 +364,11 @@ REFUSED = {
     "mask": (lambda: sequence_log_probs(TOKEN, MASK.T), ValueError, r"mask has shape \(3, 2\), expected \(2, 3\)"),
     "weights": (lambda: mean_nll(TOKEN, 0.5 * MASK), TypeError, "mask must be bool or integers, .* not torch.float32"),
     "negative items": (lambda: grpo_loss(TOKEN, ONE, MASK, num_items_in_batch=-1), ValueError, "not be negative"),
+    "negative number": (lambda: grpo_loss(TOKEN, ONE, MASK, num_items_in_batch=-1.5), ValueError, "but is -1.5"),
+    "negative tensor": (lambda: grpo_loss(TOKEN, ONE, MASK, num_items_in_batch=-ONE[0] - 1), ValueError, "but is -1"),
+    "items of each": (lambda: grpo_loss(TOKEN, ONE, MASK, num_items_in_batch=ONE), ValueError, r"has shape \(2,\)"),
+    "epsilon": (lambda: grpo_loss(TOKEN, ONE, MASK, epsilon_low=-0.1), ValueError, "at least 0, not -0.1, -0.1"),
+    "labels": (lambda: sequence_log_probs(TOKEN, MASK - 101), ValueError, "mask has the value -100, expected 0 and 1"),
     "tokens": (lambda: mean_nll(ONE, ONE), ValueError, r"log_probs has shape \(2,\), expected \(B, T\)"),
     "reduction": (lambda: sequence_log_probs(TOKEN, MASK, reduction="none"), ValueError, "'sum' or 'mean', not 'none'"),
     "loss_type": (lambda: grpo_loss(TOKEN, ONE, MASK, loss_type="gpro"), ValueError, "loss_type must be .* not 'gpro'"),

@@ -279,8 +279,23 @@ def test_inputs_stay_unchanged(device, path):
     assert all(torch.equal(a, b) for a, b in zip((logits, target, upstream), before, strict=True))
 
 
-def test_second_derivative_is_refused_not_wrong(device):
+@pytest.mark.parametrize("trains", [False, True])
+def test_a_forward_derivative_is_refused_not_left_out(device, path, trains):
+    if path == "reference":
+        pytest.skip("torch differentiates the reference forwards too")
     logits, target = some(2, 8, device)
+    logits.requires_grad_(trains)
+    with torch.autograd.forward_ad.dual_level(), pytest.raises(NotImplementedError, match="jvp"):
+        cross_entropy(torch.autograd.forward_ad.make_dual(logits, torch.ones_like(logits)), target)
+
+
+@pytest.mark.parametrize("shape", [(2, 8), (2, 1, 8)])
+@pytest.mark.parametrize("strided", [False, True])
+def test_second_derivative_is_refused_not_wrong(device, shape, strided):
+    logits, target = some(2, 8, device)
+    logits, target = logits.view(shape), target.view(shape[:-1])
+    if strided:
+        logits = logits.repeat_interleave(2, -1)[..., ::2]
     logits.requires_grad_()
     (gradient,) = torch.autograd.grad(cross_entropy(logits, target).square(), logits, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):

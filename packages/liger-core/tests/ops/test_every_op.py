@@ -219,10 +219,15 @@ def test_no_tokens(op, device, path):
         assert torch.equal(gradient, torch.zeros_like(leaf))
 
 
-def test_second_derivative_is_refused_not_wrong(op, device, path):
+@pytest.mark.parametrize("strided", [False, True])
+def test_second_derivative_is_refused_not_wrong(op, device, path, strided):
     if path == "reference":
         pytest.skip("torch differentiates the reference as often as asked")
     inputs = op.prepare(2, 3, torch.float32, device)
+    if strided:  # an op that copies what it reads must not lose the way to it
+        inputs = tuple(
+            t.detach().repeat_interleave(2, -1)[..., ::2].requires_grad_(t.requires_grad) for t in inputs
+        )  # fmt: skip
     for upstream in (Tensor.sum, lambda y: y.square().sum()):  # a constant, and one with a graph
         loss = sum(map(upstream, op.outputs(inputs)))
         (dx, *_) = torch.autograd.grad(loss, op.leaves(inputs), create_graph=True)

@@ -99,6 +99,30 @@ def test_what_it_does_not_specialise_on_is_not(make, other):
     assert (kernel.asked, len(kernel.restarted)) == (1, 1)
 
 
+@pytest.mark.parametrize("is_rocm", [False, True])
+def test_a_tensor_of_2_gib_is_another_variant_where_triton_counts_in_32_bits(make, monkeypatch, is_rocm):
+    monkeypatch.setattr(module, "_IS_ROCM", is_rocm)
+    kernel = make()
+    small, large = (torch.empty(size // 4) for size in (2**31 - 4, 2**31))
+    for x in (small, large, large):
+        start(kernel, x=x)
+    assert kernel.asked == (2 if is_rocm else 1)
+
+
+def test_a_program_has_no_more_warps_than_threads_allow(monkeypatch):
+    monkeypatch.setattr(module, "_MOST_WARPS", 16)
+    warps = []
+
+    class Started:
+        def __getitem__(self, grid):
+            return lambda *args, num_warps: warps.append(num_warps)
+
+    monkeypatch.setattr(module, "INTERPRETED", True)
+    for wanted in (4, 16, 32):
+        module.launch(Started(), (1,), X, num_warps=wanted)
+    assert warps == [4, 16, 16]
+
+
 def test_two_kernels_do_not_share_variants(make):
     one, other = make(), make()
     start(one)

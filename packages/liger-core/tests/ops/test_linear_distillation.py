@@ -20,24 +20,34 @@ from loss_cases import DTYPES, upstream_of
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 BETAS = [0.0, 0.1, 0.5, 1.0]
+SCALINGS = {
+    "softcap of the student": {"student_softcap": 3.0},
+    "softcap of the teacher": {"teacher_softcap": 2.0},
+    "scales": {"student_logit_scale": -0.7, "teacher_logit_scale": 0.3},
+    "all": {"student_softcap": 2.0, "student_logit_scale": 1.5, "teacher_softcap": 3.0, "teacher_logit_scale": 0.5},
+}
 NAMES = ("student_input", "student_weight", "teacher_input", "teacher_weight", "target", "student_bias", "teacher_bias")
 
 
 def naive(
     student_input, student_weight, teacher_input, teacher_weight, target=None, *, student_bias=None, teacher_bias=None,
     beta=0.5, temperature=1.0, ignore_index=-100, reduction="mean", denominator=None, accum_dtype=None,
+    student_softcap=None, teacher_softcap=None, student_logit_scale=1.0, teacher_logit_scale=1.0,
 ):  # fmt: skip
     """What a trainer would write with torch's own functions: both heads, the logits in fp32, everything in that."""
 
-    def log_p(x, weight, bias):
+    def log_p(x, weight, bias, scale, softcap):
         logits = F.linear(x, weight, bias)
-        return (logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature).log_softmax(-1)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) * scale
+        if softcap is not None:
+            logits = torch.tanh(logits / softcap) * softcap
+        return (logits / temperature).log_softmax(-1)
 
     def divergence(p, q):
         return F.kl_div(q, p, reduction="none", log_target=True).sum(-1)
 
-    s = log_p(student_input, student_weight, student_bias)
-    t = log_p(teacher_input, teacher_weight, teacher_bias).to(s.dtype).detach()
+    s = log_p(student_input, student_weight, student_bias, student_logit_scale, student_softcap)
+    t = log_p(teacher_input, teacher_weight, teacher_bias, teacher_logit_scale, teacher_softcap).to(s.dtype).detach()
     if beta == 0:
         loss = divergence(t, s)
     elif beta == 1:
@@ -115,6 +125,23 @@ def test_many_classes_match_fp64(device, path, chunk_rows, dtype, beta):
 def test_temperature_matches_fp64(device, path, chunk_rows, temperature, beta):
     chunk_rows(4)
     check(some(6, 16, 300, device, torch.bfloat16, ignored=[0]), beta=beta, temperature=temperature)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("scaling", SCALINGS.values(), ids=SCALINGS)
+@pytest.mark.parametrize("beta", BETAS)
+def test_scaled_and_capped_logits_match_fp64(device, path, chunk_rows, dtype, scaling, beta):
+    if path == "kernel" and dtype == torch.float64:
+        pytest.skip("fp64 has one path")
+    chunk_rows(4)
+    check(some(6, 16, 300, device, dtype, ignored=[0]), beta=beta, temperature=0.8, **scaling)
+
+
+def test_softcap_of_padded_lanes_is_not_summed(device, path):
+    """All logits −3 under a softcap of 1: a padded lane, capped to −1 at the least, would weigh as much as a class."""
+    three, ones = torch.full((1, 1), -3.0, device=device), torch.ones(1001, 1, device=device)
+    for caps in ({"student_softcap": 1.0}, {"teacher_softcap": 1.0}):
+        assert linear_distillation(three, ones, three, ones, **caps).abs() < 1e-6
 
 
 @pytest.mark.parametrize("dtypes", [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)], ids=str)
@@ -388,7 +415,9 @@ def test_gradcheck(device, beta):
 
         def loss(*leaves, reduction=reduction):
             given = dict(zip(names, leaves, strict=True))
-            return linear_distillation(**tensors | given, reduction=reduction, beta=beta, temperature=1.7)
+            return linear_distillation(
+                **tensors | given, reduction=reduction, beta=beta, temperature=1.7, **SCALINGS["all"]
+            )
 
         assert torch.autograd.gradcheck(loss, [tensors[name].requires_grad_() for name in names])
 
@@ -411,8 +440,9 @@ def test_compiles_without_a_graph_break_on_the_cpu(monkeypatch, chunk_rows, redu
     for rows in (6, 9):  # the second has dynamic shapes
         tensors = some(rows, 8, 30, "cpu", ignored=[0, 3])
         upstream = torch.rand(rows if reduction == "none" else ())
-        eager = run(linear_distillation, tensors, upstream, reduction=reduction, beta=0.1)
-        for a, b in zip(run(compiled, tensors, upstream, reduction=reduction, beta=0.1), eager, strict=True):
+        options = {"reduction": reduction, "beta": 0.1, **SCALINGS["all"]}
+        eager = run(linear_distillation, tensors, upstream, **options)
+        for a, b in zip(run(compiled, tensors, upstream, **options), eager, strict=True):
             torch.testing.assert_close(a, b)
 
 
@@ -432,6 +462,9 @@ def test_compiles_without_a_graph_break_on_the_cpu(monkeypatch, chunk_rows, redu
         ({"temperature": 0.0}, ValueError, "temperature must be positive and finite, not 0.0"),
         ({"temperature": float("inf")}, ValueError, "temperature must be positive and finite, not inf"),
         ({"temperature": torch.tensor(2.0, requires_grad=True)}, ValueError, "temperature requires a gradient"),
+        ({"temperature": torch.ones(2)}, ValueError, r"temperature has shape \(2,\), expected one number"),
+        ({"student_softcap": 0.0}, ValueError, "student_softcap must be positive and finite, or None, not 0.0"),
+        ({"teacher_logit_scale": float("nan")}, ValueError, "teacher_logit_scale must be finite, not nan"),
         ({"beta": torch.tensor(0.5, requires_grad=True)}, ValueError, "beta requires a gradient"),
         ({"reduction": "batchmean"}, ValueError, "reduction must be 'mean', 'sum' or 'none'"),
         ({"accum_dtype": torch.float16}, ValueError, "accum_dtype must be None or torch.float32"),

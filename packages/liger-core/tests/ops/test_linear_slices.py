@@ -39,7 +39,7 @@ def test_columns_beside_whole_lines_are_a_slice_of_their_own():
 
 def test_no_rows_have_zero_gradients():
     x, weight, bias = torch.empty(0, 4), torch.ones(9, 4), torch.ones(9)
-    dx, dw, db = through_slices(x, weight, bias, torch.float32, lambda *_: None, (True, True, True), torch.empty(0, 9))
+    dx, dw, db = through_slices(x, weight, bias, torch.float32, lambda *_: None, (True, True, True))
     assert dx.shape == (0, 4)
     assert torch.equal(dw, torch.zeros(9, 4))
     assert torch.equal(db, torch.zeros(9))

@@ -1,7 +1,7 @@
 """Preference and policy losses over log-probabilities, in plain torch.
 
-They take what `liger.ops.linear_log_prob` gives for every token, so the logits never exist as a whole. Names, defaults
-and numbers are those of TRL 1.16.
+They take what `liger.ops.linear_log_prob` gives for every token, so the logits never exist as a whole. Numbers and
+defaults are those of TRL 1.16, but where a loss says how it differs.
 
     log_prob = linear_log_prob(hidden, lm_head.weight, target).log_prob    # (sequences, tokens)
     chosen, rejected = sequence_log_probs(log_prob, target != -100).chunk(2)

@@ -11,6 +11,8 @@ from liger.losses.sequences import counted_tokens, in_wide
 
 LossType = Literal["grpo", "bnpo", "dr_grpo", "dapo"]
 
+_LARGEST_LOG_RATIO = 80.0  # an infinite ratio would be NaN where it is multiplied by 0: of a masked token, in backward
+
 
 def grpo_loss(
     log_probs: Tensor,
@@ -24,7 +26,7 @@ def grpo_loss(
     beta: float = 0.0,
     loss_type: LossType = "dapo",
     importance_sampling_level: Literal["token", "sequence"] = "token",
-    num_items_in_batch: Tensor | int | None = None,
+    num_items_in_batch: Tensor | float | None = None,
     max_completion_length: int | None = None,
 ) -> Tensor:
     """Group relative policy optimisation, https://arxiv.org/abs/2402.03300, and its relatives.
@@ -39,7 +41,7 @@ def grpo_loss(
         mask: (B, T), bool or integers, 0 and 1: the tokens that count.
         old_log_probs: (B, T), of the policy that wrote the completions; a constant. None: it is the present one.
         ref_log_probs: (B, T), of the reference; a constant. Needed where beta is not 0.
-        epsilon_low: ε_low of the clipping.
+        epsilon_low: ε_low of the clipping, TRL's `epsilon`.
         epsilon_high: ε_high; None for the same as epsilon_low.
         beta: weight of the divergence from the reference.
         loss_type: what the sum of the counted tokens is divided by.
@@ -54,8 +56,8 @@ def grpo_loss(
 
     Raises:
         ValueError: shapes do not fit, loss_type or importance_sampling_level is unknown, ref_log_probs or
-            max_completion_length is needed or not positive, num_items_in_batch is negative, or an argument is given
-            that this loss_type does not read.
+            max_completion_length is needed or not positive, an epsilon or num_items_in_batch is negative (a tensor on a
+            GPU is not looked at) or no single number, or an argument is given that this loss_type does not read.
         TypeError: an input is not floating-point, or mask is.
     """
     op = "grpo_loss"
@@ -76,8 +78,12 @@ def grpo_loss(
         raise ValueError(f"{op}: max_completion_length must be at least 1, not {max_completion_length}")
     if num_items_in_batch is not None and loss_type != "dapo":
         raise ValueError(f"{op}: num_items_in_batch is for 'dapo', not {loss_type!r}")
-    if isinstance(num_items_in_batch, int) and num_items_in_batch < 0:
-        raise ValueError(f"{op}: num_items_in_batch must not be negative, but is {num_items_in_batch}")
+    if num_items_in_batch is not None:
+        _check_items(op, num_items_in_batch)
+    if epsilon_high is None:
+        epsilon_high = epsilon_low
+    if not (epsilon_low >= 0 and epsilon_high >= 0):
+        raise ValueError(f"{op}: epsilon_low and epsilon_high must be at least 0, not {epsilon_low}, {epsilon_high}")
     if advantages.shape == log_probs.shape[:1]:
         advantages = advantages[:, None].expand(-1, log_probs.shape[1])
     policy, old, reference, advantage = in_wide(
@@ -91,8 +97,8 @@ def grpo_loss(
     lengths = counted.sum(-1).clamp(min=1)
     if importance_sampling_level == "sequence":
         log_ratio = log_ratio.sum(-1, keepdim=True) / lengths[:, None]
-    ratio = log_ratio.exp()
-    clipped = ratio.clamp(1 - epsilon_low, 1 + (epsilon_low if epsilon_high is None else epsilon_high))
+    ratio = log_ratio.clamp(max=_LARGEST_LOG_RATIO).exp()
+    clipped = ratio.clamp(1 - epsilon_low, 1 + epsilon_high)
     tokens = -torch.minimum(ratio * advantage, clipped * advantage)
     if beta != 0:
         behind = (reference.detach() - policy).where(counted, 0)
@@ -105,3 +111,14 @@ def grpo_loss(
         return sums.sum() / (len(sums) * max_completion_length)
     items = counted.sum() if num_items_in_batch is None else num_items_in_batch
     return sums.sum() / (items.to(sums).clamp(min=1).reshape(()) if isinstance(items, Tensor) else max(items, 1))
+
+
+def _check_items(op: str, items: Tensor | float) -> None:
+    if isinstance(items, Tensor):
+        if items.numel() != 1:
+            raise ValueError(f"{op}: num_items_in_batch has shape {tuple(items.shape)}, expected one number")
+        if items.device.type != "cpu" or torch.compiler.is_compiling():
+            return  # to look would be to wait for the GPU, or to break the graph
+        items = items.item()
+    if not items >= 0:
+        raise ValueError(f"{op}: num_items_in_batch must not be negative, but is {items}")

@@ -46,7 +46,8 @@ def dpo_loss(
         ref_chosen_log_probs: (B,), the same of the reference; a constant.
         ref_rejected_log_probs: (B,), a constant.
         beta: how strongly the policy is held to the reference.
-        label_smoothing: ε, the probability that a pair is the wrong way round ("conservative DPO").
+        label_smoothing: ε, the probability that a pair is the wrong way round ("conservative DPO"). TRL 1.16 reads its
+            own only for other losses, of which "robust" is not this one.
 
     Raises:
         ValueError: the shapes are not all (B,), or label_smoothing is not from 0 to 1.
@@ -75,11 +76,13 @@ def simpo_loss(
         margin = β (chosen − rejected) − γ
         loss = mean of − (1 − ε) log σ(margin) − ε log σ(−margin)
 
+    TRL's has `cpo_alpha` (1 by default) times the `mean_nll` of the chosen added to it; this is that of `cpo_alpha=0`.
+
     Args:
         chosen_log_probs: (B,), the *means* over the tokens of the chosen completions.
         rejected_log_probs: (B,), those over the rejected ones.
         beta: scale of the reward. TRL's default; the paper takes 2 and more.
-        gamma: by how much the chosen reward is to be the larger one.
+        gamma: by how much the chosen reward is to be the larger one, TRL's `simpo_gamma`.
         label_smoothing: ε, the probability that a pair is the wrong way round.
 
     Raises:
@@ -113,7 +116,7 @@ def cpo_loss(
         rejected_log_probs: (B,), those over the rejected ones.
         chosen_nll: one number, the `mean_nll` of the chosen tokens.
         beta: scale of the margin.
-        alpha: weight of chosen_nll, TRL's `cpo_alpha`.
+        alpha: weight of chosen_nll, TRL's `cpo_alpha`. With 0 chosen_nll is not read.
         label_smoothing: ε, the probability that a pair is the wrong way round.
 
     Raises:
@@ -126,7 +129,8 @@ def cpo_loss(
         "cpo_loss", chosen_log_probs.shape, chosen_log_probs=chosen_log_probs, rejected_log_probs=rejected_log_probs
     )
     (nll,) = in_wide("cpo_loss", torch.Size(), chosen_nll=chosen_nll)
-    return _preference(beta * (chosen - rejected), label_smoothing) + alpha * nll
+    loss = _preference(beta * (chosen - rejected), label_smoothing)
+    return loss + alpha * nll if alpha else loss
 
 
 def orpo_loss(chosen_log_probs: Tensor, rejected_log_probs: Tensor, chosen_nll: Tensor, *, beta: float = 0.1) -> Tensor:

@@ -19,14 +19,22 @@ def in_wide(op: str, shape: torch.Size, **tensors: Tensor) -> list[Tensor]:
 
 
 def counted_tokens(op: str, log_probs: Tensor, mask: Tensor) -> Tensor:
-    """`mask` as bool; refuses what is not of (B, T), and what may be weights, of which all but 0 would count as 1."""
+    """`mask` as bool; refuses what is not of (B, T), and what may be weights or labels: all but 0 would count as 1.
+
+    Integers are looked at where that costs no synchronisation: on the CPU, outside a compiled graph.
+    """
     if log_probs.ndim != 2:
         raise ValueError(f"{op}: log_probs has shape {tuple(log_probs.shape)}, expected (B, T)")
     if mask.shape != log_probs.shape:
         raise ValueError(f"{op}: mask has shape {tuple(mask.shape)}, expected {tuple(log_probs.shape)}")
     if mask.is_floating_point() or mask.is_complex():
         raise TypeError(f"{op}: mask must be bool or integers, which tokens count, not {mask.dtype}")
-    return mask.bool()
+    counted = mask.bool()
+    if mask.dtype != torch.bool and mask.device.type == "cpu" and not torch.compiler.is_compiling():
+        others = mask[mask != counted]
+        if others.numel():
+            raise ValueError(f"{op}: mask has the value {others[0].item()}, expected 0 and 1 alone")
+    return counted
 
 
 def sequence_log_probs(log_probs: Tensor, mask: Tensor, *, reduction: Literal["sum", "mean"] = "sum") -> Tensor:
@@ -41,7 +49,7 @@ def sequence_log_probs(log_probs: Tensor, mask: Tensor, *, reduction: Literal["s
         (B,), fp32 (fp64 for fp64 inputs); 0 where no token counts.
 
     Raises:
-        ValueError: the shapes differ, or reduction is unknown.
+        ValueError: the shapes differ, a mask on the CPU has a value beside 0 and 1, or reduction is unknown.
         TypeError: log_probs is not floating-point, or mask is.
 
     Example:

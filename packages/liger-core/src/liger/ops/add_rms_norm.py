@@ -49,7 +49,6 @@ class _AddRMSNorm(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, residual: Tensor, weight: Tensor | None, eps: float, offset: float, cast: Cast
     ) -> tuple[Tensor, Tensor | None]:
-        weight = None if weight is None else weight.contiguous()
         y, total = launch_forward(x.contiguous(), residual.contiguous(), weight, eps, offset, cast)
         ctx.save_for_backward(total, weight)
         ctx.set_materialize_grads(False)
@@ -111,5 +110,6 @@ def add_rms_norm(
     if not residual.is_floating_point():
         raise TypeError(f"add_rms_norm: residual must have a floating-point dtype, not {residual.dtype}")
     if runs_kernels(x, residual, weight) and 0 < x.shape[-1] <= MAX_COLUMNS:
-        return _AddRMSNorm.apply(x, residual, weight, eps, offset, cast)
+        weight = None if weight is None else weight.contiguous()
+        return _AddRMSNorm.apply(x, residual, weight, float(eps), offset, cast)
     return reference(x, residual, weight, eps, offset=offset, cast=cast)

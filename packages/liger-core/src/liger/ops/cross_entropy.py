@@ -84,12 +84,13 @@ def _run_forward(
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, logits: Tensor, target: Tensor, denominator: Tensor | None, options: Options, reduction: Reduction
-    ) -> Tensor:
-        rows = _rows(logits)
-        loss, lse, gradient = _run_forward(rows, target, denominator, options, reduction != "none")
-        ctx.save_for_backward(rows, target, denominator, lse, gradient)
-        ctx.options, ctx.shape = options, logits.shape
+        ctx: Any, logits: Tensor, target: Tensor, denominator: Tensor | None, options: Options, reduction: Reduction,
+        needs_gradient: bool,
+    ) -> Tensor:  # fmt: skip
+        with_gradient = needs_gradient and reduction != "none"
+        loss, lse, gradient = _run_forward(logits, target, denominator, options, with_gradient)
+        ctx.save_for_backward(logits, target, denominator, lse, gradient)
+        ctx.options = options
         ctx.is_used = False
         return reduced(loss, reduction, denominator)
 
@@ -103,7 +104,7 @@ class _CrossEntropy(torch.autograd.Function):
         else:
             ctx.is_used = not torch.compiler.is_compiling()
             gradient = scaled(gradient, upstream, early_and_late(denominator, logits.dtype)[1])
-        return gradient if len(ctx.shape) == 2 else gradient.view(ctx.shape), None, None, None, None
+        return gradient, *(None,) * 5
 
 
 def check_labels(op: str, target: Tensor, classes: int, ignore_index: int) -> None:
@@ -123,9 +124,22 @@ def _refuse_learned(op: str, name: str, value: float | Tensor | None) -> None:
 
 
 def constant(op: str, name: str, value: float) -> float:
-    """`value` as a float; refuses one that is learned."""
+    """`value` as a float; refuses one that is learned, and several."""
     _refuse_learned(op, name, value)
+    if isinstance(value, Tensor) and value.numel() != 1:
+        raise ValueError(f"{op}: {name} has shape {tuple(value.shape)}, expected one number")
     return float(value)
+
+
+def checked_scaling(op: str, logit_scale: float, softcap: float | None, prefix: str = "") -> tuple[float, float | None]:
+    """Both as plain numbers; `prefix` is what their names begin with in the op's signature."""
+    scale = constant(op, f"{prefix}logit_scale", logit_scale)
+    cap = None if softcap is None else constant(op, f"{prefix}softcap", softcap)
+    if not math.isfinite(scale):
+        raise ValueError(f"{op}: {prefix}logit_scale must be finite, not {scale}")
+    if cap is not None and not 0 < cap < math.inf:
+        raise ValueError(f"{op}: {prefix}softcap must be positive and finite, or None, not {cap}")
+    return scale, cap
 
 
 def checked_options(
@@ -141,13 +155,9 @@ def checked_options(
         index = operator.index(ignore_index)
     except TypeError:
         raise TypeError(f"{op}: ignore_index must be an int, not {ignore_index!r}") from None
-    return Options(
-        index,
-        constant(op, "label_smoothing", label_smoothing),
-        constant(op, "z_loss", z_loss),
-        None if softcap is None else constant(op, "softcap", softcap),
-        constant(op, "logit_scale", logit_scale),
-    )
+    scale, cap = checked_scaling(op, logit_scale, softcap)
+    smoothing, weight = constant(op, "label_smoothing", label_smoothing), constant(op, "z_loss", z_loss)
+    return Options(index, smoothing, weight, cap, scale)
 
 
 def check_arguments(
@@ -171,8 +181,6 @@ def check_arguments(
     if isinstance(denominator, Tensor) and denominator.numel() != 1:
         raise ValueError(f"{op}: denominator has shape {tuple(denominator.shape)}, expected one number")
     _refuse_learned(op, "denominator", denominator)
-    if options.softcap is not None and not 0 < options.softcap < math.inf:
-        raise ValueError(f"{op}: softcap must be positive and finite, or None, not {options.softcap}")
     if not 0 <= options.label_smoothing <= 1:
         raise ValueError(f"{op}: label_smoothing must be from 0 to 1, not {options.label_smoothing}")
 
@@ -223,8 +231,7 @@ def cross_entropy(
     divide_by = divisor(denominator, reduction, labels, ignore_index, logits)
     if not runs_kernels(logits):
         loss = reference(logits.reshape(-1, columns), labels, options, reduction, divide_by)
-    elif torch.is_grad_enabled() and logits.requires_grad:
-        loss = _CrossEntropy.apply(logits, labels, divide_by, options, reduction)
     else:
-        loss = reduced(_run_forward(_rows(logits), labels, divide_by, options, False)[0], reduction, divide_by)
+        needs_gradient = torch.is_grad_enabled() and logits.requires_grad
+        loss = _CrossEntropy.apply(_rows(logits), labels, divide_by, options, reduction, needs_gradient)
     return loss.view(target.shape) if reduction == "none" else loss

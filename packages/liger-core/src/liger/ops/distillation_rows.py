@@ -1,16 +1,18 @@
 r"""The rows of linear_distillation: from the logits of student and teacher to their divergence, and its gradient.
 
-For one row of V logits each, x of the student and y of the teacher, and T = temperature:
+For one row of V logits each, x of the student and y of the teacher, T = temperature, and each side's c = softcap:
 
-    s = softmax(x / T)          t = softmax(y / T)          m = (1 − β) s + β t
+    cap(x) = c · tanh(logit_scale · x / c)                        logit_scale · x without a softcap
+    s = softmax(cap(x) / T)     t = softmax(cap(y) / T)           m = (1 − β) s + β t
     loss = β KL(t ‖ m) + (1 − β) KL(s ‖ m)                        0 < β < 1
     loss = KL(t ‖ s)                                              β = 0
     loss = KL(s ‖ t)                                              β = 1
     KL(a ‖ b) = Σ_j a_j (log a_j − log b_j)                       a class with a_j = 0 adds nothing
 
-    dx_j = f / T · (1 − β) s_j (log s_j − log m_j − KL(s ‖ m))    0 < β < 1; f = upstream gradient / denominator
-    dx_j = f / T · (s_j − t_j)                                    β = 0
-    dx_j = f / T · s_j (log s_j − log t_j − KL(s ‖ t))            β = 1
+    dx_j = f_j (1 − β) s_j (log s_j − log m_j − KL(s ‖ m))        0 < β < 1
+    dx_j = f_j (s_j − t_j)                                        β = 0
+    dx_j = f_j s_j (log s_j − log t_j − KL(s ‖ t))                β = 1
+    f_j  = upstream gradient / denominator · logit_scale / T · (1 − (cap(x_j) / c)²)
 
 It is the generalised Jensen-Shannon divergence of GKD (https://arxiv.org/abs/2306.13649). All of it runs in fp32 (the
 reference on fp64: in fp64), and dx is rounded once.
@@ -22,12 +24,27 @@ and for the gradient.
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from liger.ops.launch import jit, l2_bytes, launch, runs_kernels, tl
 from liger.ops.loss_rows import tile_of
+from liger.ops.tanh import tanh
+
+
+class Scaling(NamedTuple):
+    """What a model does to its head's output: a scale, then a softcap."""
+
+    logit_scale: float = 1.0
+    softcap: float | None = None
+
+    def over(self, temperature: float) -> tuple[float, float]:
+        """(a, b) of the logits over the temperature: b · tanh(a · x), or b · x without a softcap, where a is 1."""
+        if self.softcap is None:
+            return 1.0, self.logit_scale / temperature
+        return self.logit_scale / self.softcap, self.softcap / temperature
 
 
 def _shares(beta: float) -> tuple[float, float]:
@@ -35,17 +52,24 @@ def _shares(beta: float) -> tuple[float, float]:
     return beta or 1.0, (1.0 - beta) or 1.0
 
 
+def _capped(logits: Tensor, scaling: Scaling) -> Tensor:
+    logits = logits if scaling.logit_scale == 1 else logits * scaling.logit_scale
+    return logits if scaling.softcap is None else torch.tanh(logits / scaling.softcap) * scaling.softcap
+
+
 def _divergence_of(p: Tensor, log_p: Tensor, log_m: Tensor) -> Tensor:
     return torch.where(p == 0, 0.0, p * (log_p - log_m)).sum(-1)
 
 
 def _reference_fill(
-    student: Tensor, teacher: Tensor, counts: Tensor, beta: float, temperature: float, loss: Tensor,
-    with_gradient: bool, upstream: Tensor | None, denominator: Tensor | None,
+    student: Tensor, teacher: Tensor, counts: Tensor, beta: float, temperature: float,
+    scalings: tuple[Scaling, Scaling], loss: Tensor, with_gradient: bool, upstream: Tensor | None,
+    denominator: Tensor | None,
 ) -> None:  # fmt: skip
     """`fill_distillation_rows` in plain torch."""
     wide = torch.promote_types(torch.promote_types(student.dtype, teacher.dtype), torch.float32)
-    log_s, log_t = ((logits.to(wide) / temperature).log_softmax(-1) for logits in (student, teacher))
+    x, y = (_capped(logits.to(wide), scaling) for logits, scaling in zip((student, teacher), scalings, strict=True))
+    log_s, log_t = ((capped / temperature).log_softmax(-1) for capped in (x, y))
     s, t = log_s.exp(), log_t.exp()
     if beta == 0:
         log_m = log_s
@@ -60,45 +84,54 @@ def _reference_fill(
     if not with_gradient:
         return
     dx = s - t if beta == 0 else torch.where(s == 0, 0.0, of_student * s * (log_s - log_m - divergence[:, None]))
-    factor = torch.full_like(value, 1 / temperature) if upstream is None else upstream / temperature
+    logit_scale, softcap = scalings[0]
+    if softcap is not None:
+        dx *= 1 - (x / softcap).square()
+    slope = logit_scale / temperature
+    factor = torch.full_like(value, slope) if upstream is None else upstream * slope
     if denominator is not None:
         factor = factor / denominator
     student.copy_((dx * factor.expand_as(value)[:, None]).masked_fill_(~counts[:, None], 0.0))
 
 
 @jit(varying=())
-def _fold(logits, column, columns, peak, total, coldness, MASKED: tl.constexpr):
-    """Take a tile into every lane's maximum, and its sum of exponentials relative to it."""
+def _scaled(logits, column, columns, a, b, IS_CAPPED: tl.constexpr, MASKED: tl.constexpr):
+    """A tile of logits over the temperature, scaled and capped (see `Scaling.over`)."""
     inside = column < columns if MASKED else None
-    z = tl.load(logits + column, mask=inside, other=0.0 if MASKED else None, eviction_policy="evict_last")
-    z = z.to(tl.float32) * coldness
+    x = tl.load(logits + column, mask=inside, other=0.0 if MASKED else None, eviction_policy="evict_last")
+    x = x.to(tl.float32)
+    return tanh(x * a) * b if IS_CAPPED else x * b
+
+
+@jit(varying=())
+def _fold(logits, column, columns, peak, total, a, b, IS_CAPPED: tl.constexpr, MASKED: tl.constexpr):
+    """Take a tile into every lane's maximum, and its sum of exponentials relative to it."""
+    z = _scaled(logits, column, columns, a, b, IS_CAPPED, MASKED)
     if MASKED:
-        z = tl.where(inside, z, float("-inf"))
+        z = tl.where(column < columns, z, float("-inf"))
     higher = tl.maximum(peak, z)
     return higher, total * tl.exp(peak - higher) + tl.exp(z - higher)
 
 
 @jit(varying=())
-def _normalizer(logits, whole, columns, coldness, WIDTH: tl.constexpr):
+def _normalizer(logits, whole, columns, a, b, IS_CAPPED: tl.constexpr, WIDTH: tl.constexpr):
     """The row's maximum m, and log Σ_j exp(z_j − m)."""
     # The first maximum is finite, so that a lane of -inf stays 0, not NaN.
     peak = tl.full((WIDTH,), -3.4028234663852886e38, dtype=tl.float32)
     total = tl.zeros((WIDTH,), dtype=tl.float32)
     for first in range(0, whole, WIDTH):
-        peak, total = _fold(logits, first + tl.arange(0, WIDTH), columns, peak, total, coldness, MASKED=False)
+        peak, total = _fold(logits, first + tl.arange(0, WIDTH), columns, peak, total, a, b, IS_CAPPED, MASKED=False)
     if whole < columns:
-        peak, total = _fold(logits, whole + tl.arange(0, WIDTH), columns, peak, total, coldness, MASKED=True)
+        peak, total = _fold(logits, whole + tl.arange(0, WIDTH), columns, peak, total, a, b, IS_CAPPED, MASKED=True)
     top = tl.max(peak, axis=0)
     return top, tl.log(tl.sum(total * tl.exp(peak - top), axis=0))
 
 
 @jit(varying=())
-def _log_probs(logits, column, columns, top, above, coldness, MASKED: tl.constexpr):
+def _log_probs(z, column, columns, top, above, MASKED: tl.constexpr):
     """The log-probabilities of a tile, -inf outside the row."""
-    inside = column < columns if MASKED else None
-    z = tl.load(logits + column, mask=inside, other=0.0 if MASKED else None, eviction_policy="evict_last")
-    log_p = (z.to(tl.float32) * coldness - top) - above
-    return tl.where(inside, log_p, float("-inf")) if MASKED else log_p
+    log_p = (z - top) - above
+    return tl.where(column < columns, log_p, float("-inf")) if MASKED else log_p
 
 
 @jit(varying=())
@@ -119,11 +152,14 @@ def _log_mixture(
 @jit(varying=())
 def _add_divergence(
     student, teacher, column, columns, from_t, from_s, top_s, above_s, top_t, above_t, log_share_of_s, log_share_of_t,
-    coldness, IS_FORWARD: tl.constexpr, IS_REVERSE: tl.constexpr, MASKED: tl.constexpr,
+    a_s, b_s, a_t, b_t, CAPS_STUDENT: tl.constexpr, CAPS_TEACHER: tl.constexpr, IS_FORWARD: tl.constexpr,
+    IS_REVERSE: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Add a tile's terms of KL(t ‖ m) and KL(s ‖ m) to every lane's sums."""
-    log_s = _log_probs(student, column, columns, top_s, above_s, coldness, MASKED)
-    log_t = _log_probs(teacher, column, columns, top_t, above_t, coldness, MASKED)
+    z_s = _scaled(student, column, columns, a_s, b_s, CAPS_STUDENT, MASKED)
+    z_t = _scaled(teacher, column, columns, a_t, b_t, CAPS_TEACHER, MASKED)
+    log_s = _log_probs(z_s, column, columns, top_s, above_s, MASKED)
+    log_t = _log_probs(z_t, column, columns, top_t, above_t, MASKED)
     log_m = _log_mixture(log_s, log_t, log_share_of_s, log_share_of_t, IS_FORWARD, IS_REVERSE)
     s, t = tl.exp(log_s), tl.exp(log_t)
     from_t += tl.where(t == 0.0, 0.0, t * (log_t - log_m))
@@ -134,17 +170,22 @@ def _add_divergence(
 @jit(varying=())
 def _differentiate(
     student, teacher, column, columns, divergence, factor, top_s, above_s, top_t, above_t, log_share_of_s,
-    log_share_of_t, coldness, IS_FORWARD: tl.constexpr, IS_REVERSE: tl.constexpr, MASKED: tl.constexpr,
+    log_share_of_t, a_s, b_s, a_t, b_t, CAPS_STUDENT: tl.constexpr, CAPS_TEACHER: tl.constexpr,
+    IS_FORWARD: tl.constexpr, IS_REVERSE: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Put the gradient of a tile in the place of the student's logits."""
-    log_s = _log_probs(student, column, columns, top_s, above_s, coldness, MASKED)
-    log_t = _log_probs(teacher, column, columns, top_t, above_t, coldness, MASKED)
+    z_s = _scaled(student, column, columns, a_s, b_s, CAPS_STUDENT, MASKED)
+    z_t = _scaled(teacher, column, columns, a_t, b_t, CAPS_TEACHER, MASKED)
+    log_s = _log_probs(z_s, column, columns, top_s, above_s, MASKED)
+    log_t = _log_probs(z_t, column, columns, top_t, above_t, MASKED)
     s = tl.exp(log_s)
     if IS_FORWARD:
         dx = s - tl.exp(log_t)
     else:
         log_m = _log_mixture(log_s, log_t, log_share_of_s, log_share_of_t, IS_FORWARD, IS_REVERSE)
         dx = tl.where(s == 0.0, 0.0, s * (log_s - log_m - divergence))
+    if CAPS_STUDENT:
+        dx *= 1.0 - (z_s / b_s) * (z_s / b_s)
     inside = column < columns if MASKED else None
     tl.store(student + column, (dx * factor).to(student.dtype.element_ty), mask=inside)
 
@@ -152,9 +193,9 @@ def _differentiate(
 @jit(varying=("counts", "upstream", "denominator", "loss", "upstream_stride"))
 def _rows_kernel(
     student, teacher, counts, upstream, denominator, loss, student_stride, teacher_stride, upstream_stride, columns,
-    share_of_t, share_of_s, log_share_of_s, log_share_of_t, coldness, IS_FORWARD: tl.constexpr,
-    IS_REVERSE: tl.constexpr, HAS_UPSTREAM: tl.constexpr, HAS_DENOMINATOR: tl.constexpr,
-    WRITES_GRADIENT: tl.constexpr, WIDTH: tl.constexpr,
+    share_of_t, share_of_s, log_share_of_s, log_share_of_t, a_s, b_s, a_t, b_t, CAPS_STUDENT: tl.constexpr,
+    CAPS_TEACHER: tl.constexpr, IS_FORWARD: tl.constexpr, IS_REVERSE: tl.constexpr, HAS_UPSTREAM: tl.constexpr,
+    HAS_DENOMINATOR: tl.constexpr, WRITES_GRADIENT: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     lane = tl.arange(0, WIDTH)
     whole = columns // WIDTH * WIDTH  # up to here no tile needs a mask
@@ -162,7 +203,8 @@ def _rows_kernel(
     share_of_t, share_of_s = tl.full((), share_of_t, tl.float32), tl.full((), share_of_s, tl.float32)
     log_share_of_s = tl.full((), log_share_of_s, tl.float32)
     log_share_of_t = tl.full((), log_share_of_t, tl.float32)
-    coldness = tl.full((), coldness, tl.float32)
+    a_s, b_s = tl.full((), a_s, tl.float32), tl.full((), b_s, tl.float32)
+    a_t, b_t = tl.full((), a_t, tl.float32), tl.full((), b_t, tl.float32)
 
     row = tl.program_id(0).to(tl.int64)
     student += row * student_stride
@@ -174,24 +216,26 @@ def _rows_kernel(
             for first in range(0, columns, WIDTH):
                 tl.store(student + first + lane, zeros, mask=first + lane < columns)
     else:
-        top_s, above_s = _normalizer(student, whole, columns, coldness, WIDTH)
-        top_t, above_t = _normalizer(teacher, whole, columns, coldness, WIDTH)
+        top_s, above_s = _normalizer(student, whole, columns, a_s, b_s, CAPS_STUDENT, WIDTH)
+        top_t, above_t = _normalizer(teacher, whole, columns, a_t, b_t, CAPS_TEACHER, WIDTH)
         from_t = tl.zeros((WIDTH,), dtype=tl.float32)
         from_s = tl.zeros((WIDTH,), dtype=tl.float32)
         for first in range(0, whole, WIDTH):
             from_t, from_s = _add_divergence(
                 student, teacher, first + lane, columns, from_t, from_s, top_s, above_s, top_t, above_t,
-                log_share_of_s, log_share_of_t, coldness, IS_FORWARD, IS_REVERSE, MASKED=False,
+                log_share_of_s, log_share_of_t, a_s, b_s, a_t, b_t, CAPS_STUDENT, CAPS_TEACHER, IS_FORWARD,
+                IS_REVERSE, MASKED=False,
             )  # fmt: skip
         if whole < columns:
             from_t, from_s = _add_divergence(
                 student, teacher, whole + lane, columns, from_t, from_s, top_s, above_s, top_t, above_t,
-                log_share_of_s, log_share_of_t, coldness, IS_FORWARD, IS_REVERSE, MASKED=True,
+                log_share_of_s, log_share_of_t, a_s, b_s, a_t, b_t, CAPS_STUDENT, CAPS_TEACHER, IS_FORWARD,
+                IS_REVERSE, MASKED=True,
             )  # fmt: skip
         divergence = tl.sum(from_s, axis=0)
         tl.store(loss + row, share_of_t * tl.sum(from_t, axis=0) + share_of_s * divergence)
         if WRITES_GRADIENT:
-            factor = coldness * share_of_s
+            factor = a_s * b_s * share_of_s
             if HAS_UPSTREAM:
                 factor *= tl.load(upstream + row * upstream_stride).to(tl.float32)
             if HAS_DENOMINATOR:
@@ -199,35 +243,42 @@ def _rows_kernel(
             for first in range(0, whole, WIDTH):
                 _differentiate(
                     student, teacher, first + lane, columns, divergence, factor, top_s, above_s, top_t, above_t,
-                    log_share_of_s, log_share_of_t, coldness, IS_FORWARD, IS_REVERSE, MASKED=False,
+                    log_share_of_s, log_share_of_t, a_s, b_s, a_t, b_t, CAPS_STUDENT, CAPS_TEACHER, IS_FORWARD,
+                    IS_REVERSE, MASKED=False,
                 )  # fmt: skip
             if whole < columns:
                 _differentiate(
                     student, teacher, whole + lane, columns, divergence, factor, top_s, above_s, top_t, above_t,
-                    log_share_of_s, log_share_of_t, coldness, IS_FORWARD, IS_REVERSE, MASKED=True,
+                    log_share_of_s, log_share_of_t, a_s, b_s, a_t, b_t, CAPS_STUDENT, CAPS_TEACHER, IS_FORWARD,
+                    IS_REVERSE, MASKED=True,
                 )  # fmt: skip
 
 
 def fill_distillation_rows(
-    student: Tensor, teacher: Tensor, counts: Tensor, beta: float, temperature: float, loss: Tensor, *,
-    with_gradient: bool, upstream: Tensor | None = None, denominator: Tensor | None = None,
+    student: Tensor, teacher: Tensor, counts: Tensor, beta: float, temperature: float,
+    scalings: tuple[Scaling, Scaling], loss: Tensor, *, with_gradient: bool, upstream: Tensor | None = None,
+    denominator: Tensor | None = None,
 ) -> None:  # fmt: skip
     """Write each row's `loss`, and with `with_gradient` its gradient in the place of the student's logits.
 
     student, teacher: (M, V) logits, rows any stride apart. counts: (M,), bool: the other rows have neither loss nor
-    gradient. loss: (M,). `upstream` (0-d or (M,)) multiplies the gradient and `denominator` (0-d) divides it; the loss
-    is neither.
+    gradient. scalings: the student's and the teacher's. loss: (M,). `upstream` (0-d or (M,)) multiplies the gradient
+    and `denominator` (0-d) divides it; the loss is neither.
     """
     rows, columns = student.shape
     if not runs_kernels(student, teacher):
-        _reference_fill(student, teacher, counts, beta, temperature, loss, with_gradient, upstream, denominator)
+        _reference_fill(
+            student, teacher, counts, beta, temperature, scalings, loss, with_gradient, upstream, denominator
+        )
         return
     _, width, warps = tile_of(columns, student.element_size() + teacher.element_size(), l2_bytes(student))
     mixes = 0 < beta < 1
     launch(
         _rows_kernel, (rows,), student, teacher, counts, upstream, denominator, loss, student.stride(0),
         teacher.stride(0), upstream.stride(0) if upstream is not None and upstream.dim() else 0, columns,
-        *_shares(beta), math.log1p(-beta) if mixes else 0.0, math.log(beta) if mixes else 0.0, 1 / temperature,
+        *_shares(beta), math.log1p(-beta) if mixes else 0.0, math.log(beta) if mixes else 0.0,
+        *scalings[0].over(temperature), *scalings[1].over(temperature),
+        CAPS_STUDENT=scalings[0].softcap is not None, CAPS_TEACHER=scalings[1].softcap is not None,
         IS_FORWARD=beta == 0, IS_REVERSE=beta == 1, HAS_UPSTREAM=upstream is not None,
         HAS_DENOMINATOR=denominator is not None, WRITES_GRADIENT=with_gradient, WIDTH=width, num_warps=warps,
     )  # fmt: skip

@@ -35,9 +35,12 @@ def _activate(x, ACTIVATION: tl.constexpr):
         slope = cdf + x * tl.exp(-0.5 * x * x) * 0.3989422804014327
     elif ACTIVATION == "gelu_tanh":
         # ½ · (1 + tanh(u)) = sigmoid(2u), which overflows nowhere and is exact where tanh(u) is near −1.
-        s = tl.sigmoid(x * (1.5957691216057308 + 0.07135481627260025 * x * x))
+        u = x * (1.5957691216057308 + 0.07135481627260025 * x * x)
+        e = tl.exp(-u)
+        s = 1.0 / (1.0 + e)
+        rest = tl.where(u < -80.0, 1.0, e * s)  # 1 − s, whose digits a difference would lose where s is near 1
         value = x * s
-        slope = s + value * (1.0 - s) * (1.5957691216057308 + 0.21406444881780076 * x * x)
+        slope = s + value * rest * (1.5957691216057308 + 0.21406444881780076 * x * x)
     else:
         s = tl.sigmoid(x)
         value = x * s
@@ -74,8 +77,9 @@ def _forward_kernel(
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     block = tl.program_id(0).to(tl.int64)
-    row = block // tl.cdiv(columns, BLOCK)
-    first = (block - row * tl.cdiv(columns, BLOCK)) * BLOCK
+    blocks = (columns - 1) // BLOCK + 1  # tl.cdiv would overflow just below 2³¹ columns
+    row = block // blocks
+    first = (block - row * blocks) * BLOCK
     column = first + tl.arange(0, BLOCK)
     gate += row * gate_stride
     out += row * out_stride
@@ -97,8 +101,9 @@ def _backward_kernel(
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     block = tl.program_id(0).to(tl.int64)
-    row = block // tl.cdiv(columns, BLOCK)
-    first = (block - row * tl.cdiv(columns, BLOCK)) * BLOCK
+    blocks = (columns - 1) // BLOCK + 1  # tl.cdiv would overflow just below 2³¹ columns
+    row = block // blocks
+    first = (block - row * blocks) * BLOCK
     column = first + tl.arange(0, BLOCK)
     dout += row * out_stride
     gate += row * gate_stride
@@ -135,7 +140,7 @@ def _row_stride(x: Tensor) -> int | None:
     return row_stride
 
 
-def _readable(x: Tensor) -> Tensor:
+def readable(x: Tensor) -> Tensor:
     """`x` as the kernels can read it: copied only when a single row stride cannot describe it."""
     return x if x.is_contiguous() or _row_stride(x) is not None else x.contiguous()
 
@@ -179,12 +184,11 @@ def _launch_backward(
 
 
 class Gated(torch.autograd.Function):
-    """φ(gate) · up through the kernels: `Gated.apply(gate, up, activation)`."""
+    """φ(gate) · up through the kernels: `Gated.apply(readable(gate), readable(up), activation)`."""
 
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor, activation: Activation) -> Tensor:
         """Launch the forward kernel and keep gate and up."""
-        gate, up = _readable(gate), _readable(up)
         ctx.save_for_backward(gate, up)
         ctx.activation = activation
         out = torch.empty_like(gate, memory_format=torch.contiguous_format)
@@ -204,12 +208,11 @@ class Gated(torch.autograd.Function):
 
 
 class JoinedGated(torch.autograd.Function):
-    """φ(gate) · up of one tensor (…, 2N) whose first half is the gate: `JoinedGated.apply(gate_up, activation)`."""
+    """φ(gate) · up of one tensor (…, 2N), gate first: `JoinedGated.apply(readable(gate_up), activation)`."""
 
     @staticmethod
     def forward(ctx: Any, gate_up: Tensor, activation: Activation) -> Tensor:
         """Launch the forward kernel and keep gate_up."""
-        gate_up = _readable(gate_up)
         ctx.save_for_backward(gate_up)
         ctx.activation = activation
         out = gate_up.new_empty(*gate_up.shape[:-1], gate_up.shape[-1] // 2)

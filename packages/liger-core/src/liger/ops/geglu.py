@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from liger.ops.gated import Gated, JoinedGated, check, check_joined
+from liger.ops.gated import Gated, JoinedGated, check, check_joined, readable
 from liger.ops.launch import runs_kernels
 from liger.ops.named import named
 
@@ -52,7 +52,7 @@ def geglu(gate: Tensor, up: Tensor, approximate: Approximate = "tanh") -> Tensor
     check("geglu", gate, up)
     _check_approximate("geglu", approximate)
     if runs_kernels(gate, up):
-        return _GEGLU.apply(gate, up, "gelu_tanh" if approximate == "tanh" else "gelu")
+        return _GEGLU.apply(readable(gate), readable(up), "gelu_tanh" if approximate == "tanh" else "gelu")
     return reference(gate, up, approximate)
 
 
@@ -73,7 +73,7 @@ def geglu_joined(gate_up: Tensor, approximate: Approximate = "tanh") -> Tensor:
     check_joined("geglu_joined", gate_up)
     _check_approximate("geglu_joined", approximate)
     if runs_kernels(gate_up):
-        return _JoinedGEGLU.apply(gate_up, "gelu_tanh" if approximate == "tanh" else "gelu")
+        return _JoinedGEGLU.apply(readable(gate_up), "gelu_tanh" if approximate == "tanh" else "gelu")
     gate, up = gate_up.chunk(2, dim=-1)
     return reference(gate, up, approximate)
 

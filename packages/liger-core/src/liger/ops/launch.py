@@ -30,8 +30,8 @@ else:
         triton = tl = None
 
 __all__ = [
-    "INTERPRETED", "enabled", "jit", "l2_bytes", "launch", "next_power_of_2", "runs_kernels", "sm_count", "tl",
-    "triton",
+    "INTERPRETED", "enabled", "jit", "l2_bytes", "launch", "next_power_of_2", "runs_kernels", "shared_bytes",
+    "sm_count", "tl", "triton",
 ]  # fmt: skip
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -42,6 +42,8 @@ enabled = not DISABLED
 
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _PLAIN = (Tensor, torch.nn.Parameter)
+_IS_ROCM = torch.version.hip is not None
+_MOST_WARPS = 16 if _IS_ROCM else 32  # a program has at most 1024 threads, and an AMD Instinct's warp has 64
 _MOST_VARIANTS = 4096  # of strides that change with every batch, say: a new one is then found by Triton again
 
 _varying: dict[int, tuple[int, ...]] = {}  # by id: a kernel's own hash is that of its source
@@ -87,6 +89,7 @@ def launch(kernel: Any, grid: tuple[int], *args: Any, num_warps: int, **constexp
     `args` are the arguments in order, tensors (or None) before numbers, the first of them a tensor; `constexprs` the
     compile-time ones, in the order of the signature.
     """
+    num_warps = min(num_warps, _MOST_WARPS)
     if INTERPRETED or torch.compiler.is_compiling():
         kernel[grid](*args, **constexprs, num_warps=num_warps)
         return
@@ -111,6 +114,8 @@ def _launch_here(
             pointer = arg.data_ptr()
             started[at] = pointer  # Triton would ask the tensor, and then the driver whether that is a GPU's address
             key[at] = (arg.dtype, pointer & 15) if pointer & 15 else arg.dtype
+            if _IS_ROCM:  # Triton addresses what lies in less than 2 GiB with 32 bits there
+                key[at] = key[at], arg.untyped_storage().size() < 2**31
         at += 1
     for number in _varying[id(kernel)]:
         if number >= at:
@@ -136,6 +141,15 @@ def _launch_here(
 def sm_count(x: Tensor) -> int:
     """Streaming multiprocessors of the device of `x`; 4 in the interpreter, which runs programs one by one."""
     return torch.cuda.get_device_properties(x.device.index).multi_processor_count if x.is_cuda else 4
+
+
+def shared_bytes(x: Tensor) -> int:
+    """The shared memory that tiles may wait in: what one program may have, less 1 KiB for a kernel's reductions."""
+    if not x.is_cuda:
+        return 96 * 2**10
+    properties = torch.cuda.get_device_properties(x.device.index)
+    # what an NVIDIA kernel gets when it asks for more than every program may have
+    return int(max(properties.shared_memory_per_block, getattr(properties, "shared_memory_per_block_optin", 0))) - 2**10
 
 
 def l2_bytes(x: Tensor) -> int:

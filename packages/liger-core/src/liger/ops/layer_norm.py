@@ -169,9 +169,6 @@ def _launch_backward(
 class _LayerNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
-        x = x.contiguous()
-        weight = None if weight is None else weight.contiguous()
-        bias = None if bias is None else bias.contiguous()
         y, statistics = _launch_forward(x, weight, bias, eps)
         ctx.save_for_backward(x, weight, statistics)
         ctx.bias_dtype = None if bias is None else bias.dtype
@@ -213,7 +210,9 @@ def layer_norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = No
     if runs_kernels(x, weight, bias) and 0 < x.shape[-1] <= _MAX_COLUMNS:
         if _are_few(x, weight, bias):
             return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
-        return _LayerNorm.apply(x, weight, bias, eps)
+        weight = None if weight is None else weight.contiguous()
+        bias = None if bias is None else bias.contiguous()
+        return _LayerNorm.apply(x.contiguous(), weight, bias, float(eps))
     return reference(x, weight, bias, eps)
 
 

@@ -12,6 +12,7 @@ in fp32 and rounded at the end.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable
 
@@ -103,13 +104,29 @@ def _columns(tensor: Tensor, part: slice | None) -> Tensor:
     return tensor if part is None else tensor[:, part]
 
 
+@functools.cache
+def _multiplies_into_fp32(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether torch sums a product of 16-bit matrices into fp32 there: on an NVIDIA GPU, with ROCm not in all versions.
+
+    Tried out, since only the product itself tells.
+    """
+    if device.type != "cuda":
+        return False
+    a, total = torch.zeros(16, 16, dtype=dtype, device=device), torch.zeros(16, 16, device=device)
+    try:
+        torch.addmm(total, torch.mm(a, a, out_dtype=torch.float32).to(dtype), a, out_dtype=torch.float32, out=total)
+    except RuntimeError:
+        return False
+    return True
+
+
 def project(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
     """`out` = x Wᵀ + b, all of one dtype."""
     for part in _parts(x.shape[0], weight.shape[0]):
         classes, logits = _rows(weight, part).t(), _columns(out, part)
         if bias is None:
             torch.mm(x, classes, out=logits)
-        elif part is None or x.dtype.itemsize > 2 or not x.is_cuda:
+        elif part is None or x.dtype.itemsize > 2 or not _multiplies_into_fp32(x.device, x.dtype):
             torch.addmm(_rows(bias, part), x, classes, out=logits)
         else:  # of whole lines cuBLAS would round the product, and then its sum with the bias once more
             for some, rounded in zip(x.split(_WIDE_ROWS), logits.split(_WIDE_ROWS), strict=True):
@@ -122,7 +139,7 @@ def add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
         torch.mm(a, b, out=total)
     elif total.dtype == a.dtype:
         torch.addmm(total, a, b, out=total)
-    elif total.is_cuda and total.dtype == torch.float32:
+    elif total.dtype == torch.float32 and _multiplies_into_fp32(a.device, a.dtype):
         beta = 0 if first else 1  # with 0, what is in `total` is not read
         torch.addmm(total, a, b, out_dtype=total.dtype, beta=beta, out=total)
     elif first:

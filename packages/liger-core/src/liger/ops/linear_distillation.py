@@ -25,8 +25,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from liger.ops.cross_entropy import Reduction, check_arguments, checked_options, constant, divisor, reduced
-from liger.ops.distillation_rows import fill_distillation_rows
+from liger.ops.cross_entropy import (
+    Reduction,
+    check_arguments,
+    checked_options,
+    checked_scaling,
+    constant,
+    divisor,
+    reduced,
+)
+from liger.ops.distillation_rows import Scaling, fill_distillation_rows
 from liger.ops.linear_chunks import (
     check_accum_dtype,
     check_dtypes,
@@ -55,7 +63,8 @@ def _run(
     input: Tensor, weight: Tensor, bias: Tensor | None, teacher_input: Tensor, teacher_weight: Tensor,
     teacher_bias: Tensor | None, counts: Tensor, upstream: Tensor | None, denominator: Tensor | None,
     needs_input: bool, needs_weight: bool, needs_bias: bool, compute_dtype: torch.dtype, accum_dtype: torch.dtype,
-    teacher_dtype: torch.dtype, beta: float, temperature: float,
+    teacher_dtype: torch.dtype, beta: float, temperature: float, student_logit_scale: float,
+    student_softcap: float | None, teacher_logit_scale: float, teacher_softcap: float | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """(loss of every row, dx, dW, db) of the student's (M, H) input; empty what is not needed.
 
@@ -65,12 +74,13 @@ def _run(
     loss = _empty_loss(input, compute_dtype)
     w = teacher_weight.to(teacher_dtype)
     b = None if teacher_bias is None else teacher_bias.to(teacher_dtype)
+    scalings = Scaling(student_logit_scale, student_softcap), Scaling(teacher_logit_scale, teacher_softcap)
 
     def fill(logits: Tensor, rows: slice) -> None:
         teacher_logits = empty_logits(teacher_input, logits.shape[0], logits.shape[1], teacher_dtype)
         project(teacher_input[rows].to(teacher_dtype), w, b, teacher_logits)
         fill_distillation_rows(
-            logits, teacher_logits, counts[rows], beta, temperature, loss[rows], with_gradient=any(needs),
+            logits, teacher_logits, counts[rows], beta, temperature, scalings, loss[rows], with_gradient=any(needs),
             upstream=upstream[rows] if upstream is not None and upstream.dim() else upstream, denominator=denominator,
         )  # fmt: skip
 
@@ -103,14 +113,15 @@ class _LinearDistillation(torch.autograd.Function):
         ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None, teacher_input: Tensor, teacher_weight: Tensor,
         teacher_bias: Tensor | None, counts: Tensor, denominator: Tensor | None, reduction: Reduction,
         needs: tuple[bool, bool, bool], dtypes: tuple[torch.dtype, torch.dtype, torch.dtype], beta: float,
-        temperature: float,
+        temperature: float, scalings: tuple[Scaling, Scaling],
     ) -> Tensor:  # fmt: skip
         tensors = (input, weight, bias, teacher_input, teacher_weight, teacher_bias, counts)
         early, _ = early_and_late(denominator, dtypes[0])
         now = needs if reduction != "none" else (False, False, False)
-        loss, dx, dw, db = _runner()(*tensors, None, early, *now, *dtypes, beta, temperature)
+        options = (beta, temperature, *scalings[0], *scalings[1])
+        loss, dx, dw, db = _runner()(*tensors, None, early, *now, *dtypes, *options)
         ctx.save_for_backward(*tensors, denominator, dx, dw, db)
-        ctx.needs, ctx.dtypes, ctx.options = needs, dtypes, (beta, temperature)
+        ctx.needs, ctx.dtypes, ctx.options = needs, dtypes, options
         ctx.must_run = reduction == "none"
         return reduced(loss, reduction, denominator)
 
@@ -124,7 +135,7 @@ class _LinearDistillation(torch.autograd.Function):
             ctx.must_run = not torch.compiler.is_compiling()  # the second time: `scaled` uses these gradients up
             _, late = early_and_late(denominator, ctx.dtypes[0])
             dx, dw, db = (scaled(gradient, upstream, late) for gradient in (dx, dw, db))
-        return *given((dx, dw, db), ctx.needs, *tensors[1:3]), *(None,) * 10
+        return *given((dx, dw, db), ctx.needs, *tensors[1:3]), *(None,) * 11
 
 
 def _check_pair(op: str, student: Tensor, teacher: Tensor, student_weight: Tensor, teacher_weight: Tensor) -> None:
@@ -154,6 +165,10 @@ def linear_distillation(
     teacher_bias: Tensor | None = None,
     beta: float = 0.5,
     temperature: float = 1.0,
+    student_softcap: float | None = None,
+    teacher_softcap: float | None = None,
+    student_logit_scale: float = 1.0,
+    teacher_logit_scale: float = 1.0,
     ignore_index: int = -100,
     reduction: Reduction = "mean",
     denominator: float | Tensor | None = None,
@@ -174,7 +189,9 @@ def linear_distillation(
             meaning. None: every row counts.
         student_bias, teacher_bias: (V,), as the weights; None for none.
         beta: 0 is the forward divergence KL(teacher ‖ student), 1 the reverse one, KL(student ‖ teacher).
-        temperature: divides the logits of both. The loss is not multiplied by its square.
+        temperature: divides the logits of both, after scale and softcap. The loss is not multiplied by its square.
+        student_softcap, teacher_softcap: bounds of the tanh on the scaled logits, None for none.
+        student_logit_scale, teacher_logit_scale: multiply the logits before the softcap.
         ignore_index: the target of rows that have no loss and no gradient.
         reduction: "mean" divides by the number of rows that count; "sum"; "none".
         denominator: divides the sum in place of that number, as in `cross_entropy`. If no row counts, the loss is 0
@@ -185,8 +202,8 @@ def linear_distillation(
         fp32 (fp64 for fp64 inputs): a scalar, or with reduction "none" (...), 0 where the row does not count.
 
     Raises:
-        ValueError: beta or temperature is out of range, shapes or devices do not fit, or a weight holds no data of its
-            own: it is a DTensor, or ZeRO-3 has partitioned it.
+        ValueError: beta, temperature, a scale or a softcap is out of range, shapes or devices do not fit, or a weight
+            holds no data of its own: it is a DTensor, or ZeRO-3 has partitioned it.
         TypeError: input, weight and bias of one side have different dtypes without autocast, or are not
             floating-point.
 
@@ -199,14 +216,19 @@ def linear_distillation(
     check_layer(op, student_input, student_weight, student_bias, _STUDENT)
     check_layer(op, teacher_input, teacher_weight, teacher_bias, _TEACHER)
     _check_pair(op, student_input, teacher_input, student_weight, teacher_weight)
+    beta, temperature = constant(op, "beta", beta), constant(op, "temperature", temperature)
     if not 0 <= beta <= 1:
         raise ValueError(f"{op}: beta must be from 0 to 1, not {beta}")
     if not 0 < temperature < math.inf:
         raise ValueError(f"{op}: temperature must be positive and finite, not {temperature}")
     shape = student_input.shape[:-1]
     if target is None:
-        target = student_input.new_full(shape, ignore_index + 1, dtype=torch.int64)
+        target = student_input.new_full(shape, 0 if ignore_index else 1, dtype=torch.int64)
     check_arguments(op, target, student_input, checked_options(op, ignore_index), reduction, denominator)
+    scalings = (
+        Scaling(*checked_scaling(op, student_logit_scale, student_softcap, "student_")),
+        Scaling(*checked_scaling(op, teacher_logit_scale, teacher_softcap, "teacher_")),
+    )
     compute_dtype = check_dtypes(op, student_input, student_weight, student_bias, _STUDENT)
     teacher_dtype = check_dtypes(op, teacher_input, teacher_weight, teacher_bias, _TEACHER)
     own = torch.float32 if student_weight.dtype == torch.float16 else student_weight.dtype
@@ -219,6 +241,6 @@ def linear_distillation(
         None if teacher_bias is None else teacher_bias.detach(), labels != ignore_index,
         divisor(denominator, reduction, labels, ignore_index, x), reduction,
         needed(x, student_weight, student_bias), (compute_dtype, sum_dtype, teacher_dtype),
-        constant(op, "beta", beta), constant(op, "temperature", temperature),
+        beta, temperature, scalings,
     )  # fmt: skip
     return loss.view(shape) if reduction == "none" else loss

@@ -3,11 +3,11 @@ r"""Linear layer and log-softmax in one: every token's log-probability and entro
     z = cap(logit_scale · (x Wᵀ + b)) / temperature            p = softmax(z)
     log_prob = log p_target                                    entropy = − Σ_j p_j log p_j
 
-Forward takes the rows in chunks (see `linear_chunks`) and keeps four numbers of each, and the logits of the first
-H / 6, which take a sixth of the weight's memory. With the numbers, backward needs no whole rows: it computes the other
-logits of a slice of classes again, turns them all into their gradient in place (the formulas and the kernels are those
-of `log_prob_rows`), and uses them up in dx, dW and db before the next slice (see `linear_slices`). So both have an
-upstream gradient for every token, and a second backward through the same graph is as the first.
+Forward takes the rows in chunks (see `linear_chunks`) and keeps four numbers of each. With them, backward needs no
+whole rows: it computes the logits of a slice of classes again, turns them into their gradient in place (the formulas
+and the kernels are those of `log_prob_rows`), and uses them up in dx, dW and db before the next slice (see
+`linear_slices`). So both have an upstream gradient for every token, and a second backward through the same graph is as
+the first.
 
 Log-probabilities, entropies and softmax run in fp32 (fp64 inputs: all in fp64).
 """
@@ -23,12 +23,10 @@ from torch import Tensor
 
 from liger.ops.cross_entropy import check_arguments, check_labels, checked_options, constant
 from liger.ops.linear_chunks import (
-    LINE,
     Gradients,
     check_dtypes,
     check_layer,
     empty_gradients,
-    empty_logits,
     given,
     needed,
     through_chunks,
@@ -38,8 +36,6 @@ from liger.ops.log_prob_rows import differentiate_rows, measure_rows
 from liger.ops.loss_rows import Options
 from liger.ops.named import named
 from liger.ops.once_differentiable import once_differentiable
-
-_KEPT = 6  # the weight's memory is so many times that of the logits that are kept for backward
 
 
 class LogProb(NamedTuple):
@@ -53,15 +49,7 @@ class LogProb(NamedTuple):
     """bool: whether the target is the argmax; of several largest, the first."""
 
 
-def _rows_to_keep(rows: int, width: int) -> int:
-    """The first of the rows, whose logits backward need not compute again."""
-    most = width // _KEPT
-    return min(most // LINE * LINE or most, rows)
-
-
-def _forward_outputs(
-    input: Tensor, weight: Tensor, compute_dtype: torch.dtype, kept_rows: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _forward_outputs(input: Tensor, compute_dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """What `_run_forward` returns, not yet filled."""
     rows, wide = input.shape[0], torch.promote_types(compute_dtype, torch.float32)
     return (
@@ -69,32 +57,28 @@ def _forward_outputs(
         input.new_empty(rows, dtype=wide),
         input.new_empty(rows, dtype=torch.bool),
         input.new_empty(rows, 4, dtype=wide),
-        empty_logits(input, kept_rows, weight.shape[0], compute_dtype),
     )
 
 
 def _run_forward(
-    input: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, compute_dtype: torch.dtype, kept_rows: int,
-    temperature: float, ignore_index: int, label_smoothing: float, z_loss: float, softcap: float | None,
-    logit_scale: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """(log_prob, entropy, is_top1 and statistics of every row, logits of the first `kept_rows`) of (M, H) input."""
+    input: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, compute_dtype: torch.dtype, temperature: float,
+    ignore_index: int, label_smoothing: float, z_loss: float, softcap: float | None, logit_scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """(log_prob, entropy, is_top1, statistics of every row) of (M, H) input."""
     options = Options(ignore_index, label_smoothing, z_loss, softcap, logit_scale)
-    *outputs, kept = all_outputs = _forward_outputs(input, weight, compute_dtype, kept_rows)
+    outputs = _forward_outputs(input, compute_dtype)
 
     def fill(logits: Tensor, rows: slice) -> None:
-        to_keep = kept[rows]
-        to_keep.copy_(logits[: to_keep.shape[0]])
         log_prob, entropy, is_top1, statistics = (t[rows] for t in outputs)
         measure_rows(logits, target[rows], options, temperature, log_prob, entropy, is_top1, statistics)
 
     no = (False, False, False)
     through_chunks(input, weight, bias, compute_dtype, weight.dtype, fill, no)
-    return all_outputs
+    return outputs
 
 
 def _run_backward(
-    input: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, statistics: Tensor, kept: Tensor,
+    input: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, statistics: Tensor,
     log_prob_gradient: Tensor | None, entropy_gradient: Tensor | None, needs_input: bool, needs_weight: bool,
     needs_bias: bool, compute_dtype: torch.dtype, temperature: float, ignore_index: int, label_smoothing: float,
     z_loss: float, softcap: float | None, logit_scale: float,
@@ -109,8 +93,7 @@ def _run_backward(
             weight.shape[0],
         )  # fmt: skip
 
-    needs = (needs_input, needs_weight, needs_bias)
-    return through_slices(input, weight, bias, compute_dtype, fill, needs, kept)
+    return through_slices(input, weight, bias, compute_dtype, fill, (needs_input, needs_weight, needs_bias))
 
 
 # For torch.compile: dynamo sees two opaque operations, not loops to unroll. Outside they would only cost host time.
@@ -120,15 +103,14 @@ _backward_as_op = torch.library.custom_op("liger::linear_log_prob_backward", _ru
 
 @_forward_as_op.register_fake
 def _(
-    input: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, compute_dtype: torch.dtype, kept_rows: int,
-    *args: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    return _forward_outputs(input, weight, compute_dtype, kept_rows)
+    input: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, compute_dtype: torch.dtype, *args: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return _forward_outputs(input, compute_dtype)
 
 
 @_backward_as_op.register_fake
 def _(
-    input: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, statistics: Tensor, kept: Tensor,
+    input: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, statistics: Tensor,
     log_prob_gradient: Tensor | None, entropy_gradient: Tensor | None, needs_input: bool, needs_weight: bool,
     needs_bias: bool, compute_dtype: torch.dtype, *args: Any,
 ) -> Gradients:  # fmt: skip
@@ -143,11 +125,8 @@ class _LinearLogProb(torch.autograd.Function):
         needs: tuple[bool, bool, bool], compute_dtype: torch.dtype, temperature: float, options: Options,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         run = _forward_as_op if torch.compiler.is_compiling() else _run_forward
-        kept_rows = _rows_to_keep(*input.shape) if any(needs) else 0
-        log_prob, entropy, is_top1, statistics, kept = run(
-            input, weight, bias, target, compute_dtype, kept_rows, temperature, *options
-        )
-        ctx.save_for_backward(input, weight, bias, target, statistics, kept)
+        log_prob, entropy, is_top1, statistics = run(input, weight, bias, target, compute_dtype, temperature, *options)
+        ctx.save_for_backward(input, weight, bias, target, statistics)
         ctx.needs, ctx.compute_dtype, ctx.temperature, ctx.options = needs, compute_dtype, temperature, options
         ctx.mark_non_differentiable(is_top1)
         ctx.set_materialize_grads(False)
@@ -158,10 +137,10 @@ class _LinearLogProb(torch.autograd.Function):
     def backward(
         ctx: Any, log_prob_gradient: Tensor | None, entropy_gradient: Tensor | None, _: None
     ) -> tuple[Tensor | None, ...]:
-        input, weight, bias, target, statistics, kept = ctx.saved_tensors
+        input, weight, bias, target, statistics = ctx.saved_tensors
         run: Callable[..., Gradients] = _backward_as_op if torch.compiler.is_compiling() else _run_backward
         gradients = run(
-            input, weight, bias, target, statistics, kept, log_prob_gradient, entropy_gradient, *ctx.needs,
+            input, weight, bias, target, statistics, log_prob_gradient, entropy_gradient, *ctx.needs,
             ctx.compute_dtype, ctx.temperature, *ctx.options,
         )  # fmt: skip
         return *given(gradients, ctx.needs, weight, bias), *(None,) * 5
@@ -213,6 +192,7 @@ def linear_log_prob(
     options = checked_options(op, ignore_index, softcap=softcap, logit_scale=logit_scale)
     check_layer(op, input, linear_weight, linear_bias)
     check_arguments(op, target, input, options, "none", None)
+    temperature = constant(op, "temperature", temperature)
     if not 0 < temperature < math.inf:
         raise ValueError(f"{op}: temperature must be positive and finite, not {temperature}")
     check_labels(op, target, linear_weight.shape[0], ignore_index)
@@ -221,6 +201,6 @@ def linear_log_prob(
     x, labels = input.reshape(-1, input.shape[-1]), target.reshape(-1).contiguous()
     outputs = _LinearLogProb.apply(
         x, linear_weight, linear_bias, labels, needed(x, linear_weight, linear_bias), compute_dtype,
-        constant(op, "temperature", temperature), options,
+        temperature, options,
     )  # fmt: skip
     return LogProb(*(t.view(target.shape) for t in outputs))

@@ -48,13 +48,11 @@ def grid(rows: int, width: int, columns: int, itemsize: int, memory: int) -> tup
 
 def through_slices(
     input: Tensor, weight: Tensor, bias: Tensor | None, compute_dtype: torch.dtype,
-    fill: Callable[[Tensor, slice, int], None], needs: Needs, known_logits: Tensor,
+    fill: Callable[[Tensor, slice, int], None], needs: Needs,
 ) -> Gradients:  # fmt: skip
     """(dx, dW, db), from what `fill(logits, rows, first_class)` leaves in the place of the logits of every slice.
 
     What is not needed has no elements. db is fp32 (fp64 for fp64), the others have the dtypes of input and weight.
-
-    `known_logits`: those of the first rows, (as many as there are, V), of the compute dtype. They are left as they are.
     """
     needs_input, needs_weight, needs_bias = needs
     rows, width = input.shape
@@ -75,15 +73,12 @@ def through_slices(
         x = input[start:stop].to(compute_dtype)
         total = input.new_empty(x.shape if needs_input else (0,), dtype=wide if len(slices) > 1 else input.dtype)
         buffer = empty_logits(input, stop - start, max(last - first for first, last in slices), compute_dtype)
-        known = known_logits[start:stop]
-        unknown = slice(known.shape[0], stop - start)
         for first, last in slices:
             logits, rows_of_w = buffer[:, : last - first], w[first:last]
-            logits[: unknown.start] = known[:, first:last]
             if b is None:
-                torch.mm(x[unknown], rows_of_w.t(), out=logits[unknown])
+                torch.mm(x, rows_of_w.t(), out=logits)
             else:
-                torch.addmm(b[first:last], x[unknown], rows_of_w.t(), out=logits[unknown])
+                torch.addmm(b[first:last], x, rows_of_w.t(), out=logits)
             fill(logits, slice(start, stop), first)
             if needs_input:
                 add_product(total, logits, rows_of_w, first=first == 0)

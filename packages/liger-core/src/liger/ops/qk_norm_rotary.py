@@ -61,10 +61,6 @@ class _QKNormRotary(torch.autograd.Function):
         ctx: Any, q: Tensor, k: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, cos: Tensor, sin: Tensor,
         eps: float, offset: float, cast: Cast, head_dim: int,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        q, k = with_contiguous_columns(q), with_contiguous_columns(k)
-        q_weight = None if q_weight is None else q_weight.contiguous()
-        k_weight = None if k_weight is None else k_weight.contiguous()
-        cos, sin = readable_angles(cos, sin)
         ctx.save_for_backward(q, k, q_weight, k_weight, cos, sin)
         ctx.set_materialize_grads(False)
         ctx.eps, ctx.offset, ctx.head_dim = eps, offset, head_dim
@@ -137,7 +133,11 @@ def qk_norm_rotary(
     trains_angles = (cos.requires_grad or sin.requires_grad) and torch.is_grad_enabled()
     on_kernels = runs_kernels(q, k, q_weight, k_weight, cos, sin)
     if on_kernels and not trains_angles and 0 < q.shape[3] <= MAX_COLUMNS:
-        return _QKNormRotary.apply(q, k, q_weight, k_weight, cos, sin, eps, offset, cast, unsqueeze_dim)
+        q, k = with_contiguous_columns(q), with_contiguous_columns(k)
+        q_weight = None if q_weight is None else q_weight.contiguous()
+        k_weight = None if k_weight is None else k_weight.contiguous()
+        cos, sin = readable_angles(cos, sin)
+        return _QKNormRotary.apply(q, k, q_weight, k_weight, cos, sin, float(eps), offset, cast, unsqueeze_dim)
     return reference(q, k, q_weight, k_weight, cos, sin, eps, offset=offset, cast=cast, unsqueeze_dim=unsqueeze_dim)
 
 

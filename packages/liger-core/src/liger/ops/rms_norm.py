@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from liger.ops.column_sums import column_sums
-from liger.ops.launch import jit, launch, next_power_of_2, runs_kernels, sm_count, tl
+from liger.ops.launch import jit, launch, next_power_of_2, runs_kernels, shared_bytes, sm_count, tl
 from liger.ops.named import named
 from liger.ops.once_differentiable import once_differentiable
 
@@ -126,6 +126,14 @@ def _tile(columns: int, backward: bool) -> tuple[int, int, int]:
     return max(8192 // block_columns, 1) if backward else 1, block_columns, warps
 
 
+def _stages(tile_bytes: int, shared: int) -> int:
+    """Tiles of all tensors that are read: the one that is worked on, and those that wait in shared memory.
+
+    There is one program to a multiprocessor (three for short rows), so one may have nearly all of it.
+    """
+    return max(1, min(3, 200 * 1024 // tile_bytes, 1 + shared // tile_bytes))
+
+
 def launch_forward(
     x: Tensor, residual: Tensor | None, weight: Tensor | None, eps: float, offset: float, cast: Cast
 ) -> tuple[Tensor, Tensor | None]:
@@ -158,9 +166,8 @@ def launch_backward(
     columns = x.shape[-1]
     rows = x.numel() // columns
     block_rows, block_columns, warps = _tile(columns, backward=True)
-    # Tiles of every tensor wait in shared memory, with one program (three for short rows) to a multiprocessor.
-    tile_bytes = dy.element_size() + x.element_size() + (0 if dtotal is None else dtotal.element_size())
-    waiting = 200 * 1024 // (block_rows * block_columns * tile_bytes) if block_columns <= _WIDE else 1
+    itemsize = dy.element_size() + x.element_size() + (0 if dtotal is None else dtotal.element_size())
+    stages = _stages(block_rows * block_columns * itemsize, shared_bytes(x)) if block_columns <= _WIDE else 1
     programs = -(-rows // block_rows)
     if needs_dw:
         programs = min(programs, (3 if columns <= _SHORT else 1) * sm_count(x))
@@ -171,7 +178,7 @@ def launch_backward(
             _backward_kernel, (programs,), dy, dtotal, x, weight, dx, dw, rows, columns, eps,
             OFFSET=offset, HAS_DTOTAL=dtotal is not None, NEEDS_DX=needs_dx, HAS_WEIGHT=weight is not None,
             NEEDS_DW=needs_dw, BLOCK_ROWS=block_rows, BLOCK_COLUMNS=block_columns,
-            STAGES=max(1, min(3, waiting)), RELOADS=block_columns > _WIDE, num_warps=warps,
+            STAGES=stages, RELOADS=block_columns > _WIDE, num_warps=warps,
         )  # fmt: skip
     return dx, None if dw is None or weight is None else column_sums(dw, weight.dtype)[0]
 
@@ -180,7 +187,6 @@ def launch_backward(
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor | None, eps: float, offset: float, cast: Cast) -> Tensor:
-        x, weight = x.contiguous(), None if weight is None else weight.contiguous()
         ctx.save_for_backward(x, weight)
         ctx.eps, ctx.offset = eps, offset
         return launch_forward(x, None, weight, eps, offset, cast)[0]
@@ -215,7 +221,8 @@ def rms_norm(
     """
     check(x, weight, cast, "rms_norm")
     if runs_kernels(x, weight) and 0 < x.shape[-1] <= MAX_COLUMNS:
-        return _RMSNorm.apply(x, weight, eps, offset, cast)
+        weight = None if weight is None else weight.contiguous()
+        return _RMSNorm.apply(x.contiguous(), weight, float(eps), offset, cast)
     return reference(x, weight, eps, offset=offset, cast=cast)
 
 

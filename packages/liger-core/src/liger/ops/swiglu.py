@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from liger.ops.gated import Gated, JoinedGated, check, check_joined
+from liger.ops.gated import Gated, JoinedGated, check, check_joined, readable
 from liger.ops.launch import runs_kernels
 from liger.ops.named import named
 
@@ -43,7 +43,7 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """
     check("swiglu", gate, up)
     if runs_kernels(gate, up):
-        return _SwiGLU.apply(gate, up, "silu")
+        return _SwiGLU.apply(readable(gate), readable(up), "silu")
     return reference(gate, up)
 
 
@@ -62,6 +62,6 @@ def swiglu_joined(gate_up: Tensor) -> Tensor:
     """
     check_joined("swiglu_joined", gate_up)
     if runs_kernels(gate_up):
-        return _JoinedSwiGLU.apply(gate_up, "silu")
+        return _JoinedSwiGLU.apply(readable(gate_up), "silu")
     gate, up = gate_up.chunk(2, dim=-1)
     return reference(gate, up)
