@@ -15,6 +15,10 @@ if workers > 1:  # torch takes one worker's share in each
 
 @pytest.fixture(autouse=True)
 def full_fp32_products() -> Iterator[None]:
-    """Accelerate allows TF32 for the rest of the process when it compiles an fp32 model on a GPU."""
+    """Accelerate and the Trainer allow TF32 for the rest of the process when they compile an fp32 model on a GPU."""
     yield
-    torch.backends.cuda.matmul.allow_tf32 = False
+    backends = torch.backends
+    if getattr(backends, "fp32_precision", "none") == "tf32":
+        backends.fp32_precision = "none"
+    if getattr(backends.cuda.matmul, "fp32_precision", "tf32") == "tf32":
+        backends.cuda.matmul.allow_tf32 = False

@@ -47,7 +47,7 @@ def type_of(arg: Any) -> str:
 
 
 def compile_instead(kernel: Any, grid: tuple[int], *args: Any, num_warps: int, **constexprs: Any) -> None:
-    """Stands for `launch`: compiles the variant that Triton would choose for these arguments."""
+    """Stands for `launch`: compiles the variant for these arguments (on AMD, for tensors of 2 GiB and more)."""
     names, varying = kernel.arg_names, launching._varying[id(kernel)]
     constants = {(names.index(name),): value for name, value in constexprs.items()}
     signature = dict.fromkeys(names, "constexpr")
@@ -116,6 +116,10 @@ for columns, rotated in ((64, 64), (96, 24), (128, 128), (256, 256)):
     cos, sin = torch.empty(1, 4, rotated, dtype=bf16), torch.empty(1, 4, rotated, dtype=bf16)
     differentiate(liger.ops.rotary(q, k, cos, sin, unsqueeze_dim=2))
     differentiate(liger.ops.qk_norm_rotary(q, k, q_weight, k_weight, cos, sin))
+for dtype, heads, kv_heads in ((fp32, 64, 2), (torch.float16, 128, 4)):
+    q, k = tensors((1, 4, heads, 128), (1, 4, kv_heads, 128), dtype=dtype)
+    angles = torch.empty(1, 4, 128, dtype=dtype)
+    differentiate(liger.ops.qk_norm_rotary(q, k, *tensors((128,), (128,), dtype=dtype), angles, angles))
 target_ids = torch.zeros(4, dtype=torch.int64)
 for classes in (1000, 32000, 128256):
     for dtype, options in ((bf16, {}), (fp32, {"softcap": 30.0, "z_loss": 1e-4, "label_smoothing": 0.1})):

@@ -5,6 +5,7 @@ Over 300 lines: an op has one file of tests.
 
 from __future__ import annotations
 
+import importlib
 import random
 
 import pytest
@@ -280,6 +281,16 @@ def test_inputs_stay_unchanged(device, path):
 
 
 @pytest.mark.parametrize("trains", [False, True])
+def test_a_gradient_that_nobody_needs_is_not_computed(device, monkeypatch, trains):
+    module, gradients = importlib.import_module("liger.ops.cross_entropy"), []
+    monkeypatch.setattr(module, "fill_rows", lambda *args, **_: gradients.append(args[5]) or loss_rows.fill_rows(*args))
+    logits, target = some(2, 8, device)
+    with torch.set_grad_enabled(not trains):  # logits that need none, and those that do where nobody trains
+        cross_entropy(logits.requires_grad_(trains), target)
+    assert gradients == [None]
+
+
+@pytest.mark.parametrize("trains", [False, True])
 def test_a_forward_derivative_is_refused_not_left_out(device, path, trains):
     if path == "reference":
         pytest.skip("torch differentiates the reference forwards too")
@@ -297,9 +308,11 @@ def test_second_derivative_is_refused_not_wrong(device, shape, strided):
     if strided:
         logits = logits.repeat_interleave(2, -1)[..., ::2]
     logits.requires_grad_()
-    (gradient,) = torch.autograd.grad(cross_entropy(logits, target).square(), logits, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        gradient.sum().backward()
+    for square in (False, True):  # an upstream gradient that is a constant, and one with a graph
+        loss = cross_entropy(logits, target)
+        (gradient,) = torch.autograd.grad(loss.square() if square else loss, logits, create_graph=True)
+        with pytest.raises(RuntimeError, match="once_differentiable"):
+            torch.autograd.grad(loss + gradient.sum(), logits)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

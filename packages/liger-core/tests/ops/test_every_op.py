@@ -229,10 +229,12 @@ def test_second_derivative_is_refused_not_wrong(op, device, path, strided):
             t.detach().repeat_interleave(2, -1)[..., ::2].requires_grad_(t.requires_grad) for t in inputs
         )  # fmt: skip
     for upstream in (Tensor.sum, lambda y: y.square().sum()):  # a constant, and one with a graph
+        if op.function is rotary and upstream is Tensor.sum:
+            continue  # it is linear
         loss = sum(map(upstream, op.outputs(inputs)))
         (dx, *_) = torch.autograd.grad(loss, op.leaves(inputs), create_graph=True)
         with pytest.raises(RuntimeError, match="once_differentiable"):
-            (loss + dx.square().sum()).backward()
+            torch.autograd.grad(loss + dx.square().sum(), op.leaves(inputs))
 
 
 @pytest.mark.gpu

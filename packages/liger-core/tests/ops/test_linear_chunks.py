@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from liger.ops import linear_chunks
 
@@ -47,3 +48,17 @@ def test_memory_budget_is_obeyed_when_no_weight_gradient_is_computed(monkeypatch
 def test_a_row_larger_than_the_budget_is_a_chunk(monkeypatch):
     monkeypatch.setattr(linear_chunks, "CHUNK_BYTES", 1)
     assert linear_chunks.chunks(3, 300, 2) == [(0, 1), (1, 2), (2, 3)]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("default", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_an_nvidia_gpu_multiplies_into_fp32_whatever_the_default_dtype(device, default, dtype):
+    if torch.version.hip is not None:
+        pytest.skip("not in all versions")
+    linear_chunks._multiplies_into_fp32.cache_clear()
+    torch.set_default_dtype(default)
+    try:
+        assert linear_chunks._multiplies_into_fp32(device, dtype)
+    finally:
+        torch.set_default_dtype(torch.float32)

@@ -35,6 +35,8 @@ def grpo_loss(
         token = − min(ratio · A, clip(ratio, 1 − ε_low, 1 + ε_high) · A) + β (eᵈ − d − 1)
         d = ref_log_prob − log_prob
 
+    The ratio and eᵈ count as at most e⁸⁰, and beyond that have no gradient; in TRL they make the loss infinite or NaN.
+
     Args:
         log_probs: (B, T), one for each token of the completions, of the policy.
         advantages: (B,) or (B, T): A, a constant.
@@ -55,9 +57,10 @@ def grpo_loss(
         max_completion_length: for "dr_grpo", which needs it: the longest completion that could have been written.
 
     Raises:
-        ValueError: shapes do not fit, loss_type or importance_sampling_level is unknown, ref_log_probs or
-            max_completion_length is needed or not positive, an epsilon or num_items_in_batch is negative (a tensor on a
-            GPU is not looked at) or no single number, or an argument is given that this loss_type does not read.
+        ValueError: shapes do not fit, a mask on the CPU has a value beside 0 and 1, loss_type or
+            importance_sampling_level is unknown, ref_log_probs or max_completion_length is needed or not positive, an
+            epsilon is negative, num_items_in_batch is no single number or negative (on a GPU nobody looks), or an
+            argument is given that this loss_type does not read.
         TypeError: an input is not floating-point, or mask is.
     """
     op = "grpo_loss"
@@ -102,7 +105,7 @@ def grpo_loss(
     tokens = -torch.minimum(ratio * advantage, clipped * advantage)
     if beta != 0:
         behind = (reference.detach() - policy).where(counted, 0)
-        tokens = tokens + beta * (torch.expm1(behind) - behind)
+        tokens = tokens + beta * (torch.expm1(behind.clamp(max=_LARGEST_LOG_RATIO)) - behind)
 
     sums = tokens.sum(-1)
     if loss_type == "grpo":

@@ -46,8 +46,8 @@ def dpo_loss(
         ref_chosen_log_probs: (B,), the same of the reference; a constant.
         ref_rejected_log_probs: (B,), a constant.
         beta: how strongly the policy is held to the reference.
-        label_smoothing: ε, the probability that a pair is the wrong way round ("conservative DPO"). TRL 1.16 reads its
-            own only for other losses, of which "robust" is not this one.
+        label_smoothing: ε, the probability that a pair is the wrong way round ("conservative DPO"). TRL 1.16
+            ignores its `label_smoothing` in this loss; its "robust" loss is another one.
 
     Raises:
         ValueError: the shapes are not all (B,), or label_smoothing is not from 0 to 1.

@@ -217,7 +217,7 @@ def cross_entropy(
     Raises:
         IndexError: a label on the CPU is out of range. On a GPU, where the host must not wait to look, the kernel
             prints such a label, and the loss and the gradient of its row are NaN.
-        ValueError: target's shape or device, reduction, denominator, softcap or label_smoothing is wrong.
+        ValueError: target's shape or device, reduction, denominator, softcap, logit_scale or label_smoothing is wrong.
         TypeError: logits are not floating-point, or target is not int64 or int32.
     """
     options = checked_options("cross_entropy", ignore_index, label_smoothing, z_loss, softcap, logit_scale)
@@ -232,6 +232,7 @@ def cross_entropy(
     if not runs_kernels(logits):
         loss = reference(logits.reshape(-1, columns), labels, options, reduction, divide_by)
     else:
+        # without a gradient too: a derivative in forward mode, which there is none of, is refused there
         needs_gradient = torch.is_grad_enabled() and logits.requires_grad
         loss = _CrossEntropy.apply(_rows(logits), labels, divide_by, options, reduction, needs_gradient)
     return loss.view(target.shape) if reduction == "none" else loss

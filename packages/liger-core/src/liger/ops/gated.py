@@ -34,11 +34,12 @@ def _activate(x, ACTIVATION: tl.constexpr):
         value = x * cdf
         slope = cdf + x * tl.exp(-0.5 * x * x) * 0.3989422804014327
     elif ACTIVATION == "gelu_tanh":
-        # ½ · (1 + tanh(u)) = sigmoid(2u), which overflows nowhere and is exact where tanh(u) is near −1.
+        # ½ · (1 + tanh(u / 2)) = sigmoid(u), which overflows nowhere and is exact where tanh is near −1.
         u = x * (1.5957691216057308 + 0.07135481627260025 * x * x)
         e = tl.exp(-u)
         s = 1.0 / (1.0 + e)
-        rest = tl.where(u < -80.0, 1.0, e * s)  # 1 − s, whose digits a difference would lose where s is near 1
+        # 1 − s, whose digits a difference would lose where s is near 1; where s is 0, e may be infinite
+        rest = tl.where(u < -80.0, 1.0, e * s)
         value = x * s
         slope = s + value * rest * (1.5957691216057308 + 0.21406444881780076 * x * x)
     else:

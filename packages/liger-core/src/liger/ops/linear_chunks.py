@@ -112,9 +112,11 @@ def _multiplies_into_fp32(device: torch.device, dtype: torch.dtype) -> bool:
     """
     if device.type != "cuda":
         return False
-    a, total = torch.zeros(16, 16, dtype=dtype, device=device), torch.zeros(16, 16, device=device)
+    a, total = (torch.zeros(16, 16, dtype=of, device=device) for of in (dtype, torch.float32))
     try:
         torch.addmm(total, torch.mm(a, a, out_dtype=torch.float32).to(dtype), a, out_dtype=torch.float32, out=total)
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError:
         return False
     return True

@@ -178,9 +178,9 @@ def linear_log_prob(
 
     Raises:
         IndexError: a target on the CPU is out of range; on a GPU its log_prob is NaN, and so is the gradient.
-        ValueError: temperature or softcap is not positive, shapes or devices do not fit, or the weight holds no data of
-            its own: it is a DTensor, or ZeRO-3 has partitioned it. Call this in the forward of the module that owns the
-            weight, where it is whole.
+        ValueError: temperature, softcap or logit_scale is out of range, shapes or devices do not fit, or the weight
+            holds no data of its own: it is a DTensor, or ZeRO-3 has partitioned it. Call this in the forward of the
+            module that owns the weight, where it is whole.
         TypeError: input, weight and bias have different dtypes without autocast, or are not floating-point.
 
     Example:

@@ -251,7 +251,8 @@ def tile_of(columns: int, itemsize: int, l2_bytes: int) -> tuple[int, int, int]:
 
     A multiprocessor works on 32 warps: on four rows at once, on two, or on one alone. One row's reductions hide behind
     another's reading, so more are better as long as the rows that the GPU is at are in its L2 cache, where the second
-    reading finds them. Where that is larger than an H100's 50 MiB, memory is faster too, and two rows need not fit.
+    reading finds them. An H200's memory is faster than an H100's, and its two rows need not fit. GPUs whose cache is
+    larger than an H100's 50 MiB are taken to be like it.
     """
     four, two = (100 * 2**10, 400 * 2**10) if l2_bytes > 56 * 2**20 else (80 * 2**10, 160 * 2**10)
     row_bytes = columns * itemsize

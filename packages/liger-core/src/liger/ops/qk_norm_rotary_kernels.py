@@ -11,7 +11,7 @@ from torch import Tensor
 
 from liger.ops.column_sums import column_sums
 from liger.ops.heads import empty_heads, strides_of_angles, strides_of_heads
-from liger.ops.launch import jit, launch, next_power_of_2, sm_count, tl
+from liger.ops.launch import jit, launch, next_power_of_2, shared_bytes, sm_count, tl
 from liger.ops.rms_norm import Cast
 
 MAX_COLUMNS = 1024
@@ -244,7 +244,8 @@ def launch_backward(
             *strides_of_angles(cos), eps,
             OFFSET=offset, NEEDS_DW=needs_dw, HEADS1=heads[0], HEADS2=heads[1], COLUMNS=columns,
             ROTATED=cos.shape[2], BLOCK1=blocks[0], BLOCK2=blocks[1], BLOCK_COLUMNS=block_columns,
-            STAGES=min(3, 1 + 100 * 1024 // max(waiting, 1)) if needs_dw else 1, PARTS=len(parts),
+            STAGES=min(3, 1 + min(100 * 2**10, shared_bytes(cos)) // max(waiting, 1)) if needs_dw else 1,
+            PARTS=len(parts),
             num_warps=max(blocks[0] * block_columns // (256 if block_columns <= 128 else 512), 1),
         )  # fmt: skip
     if dw is None:
