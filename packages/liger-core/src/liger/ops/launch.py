@@ -148,13 +148,14 @@ def shared_bytes(x: Tensor) -> int:
     if not x.is_cuda:
         return 96 * 2**10
     properties = torch.cuda.get_device_properties(x.device.index)
-    # what an NVIDIA kernel gets when it asks for more than every program may have
-    return int(max(properties.shared_memory_per_block, getattr(properties, "shared_memory_per_block_optin", 0))) - 2**10
+    # "optin" is what an NVIDIA kernel gets when it asks for more than every program may have; not every torch knows it
+    usual = getattr(properties, "shared_memory_per_block", 48 * 2**10)
+    return int(getattr(properties, "shared_memory_per_block_optin", usual)) - 2**10
 
 
 def l2_bytes(x: Tensor) -> int:
-    """The size of the L2 cache of the device of `x`; 0 in the interpreter."""
-    return int(torch.cuda.get_device_properties(x.device.index).L2_cache_size) if x.is_cuda else 0
+    """The size of the L2 cache of the device of `x`; 0 in the interpreter, and where torch does not know."""
+    return int(getattr(torch.cuda.get_device_properties(x.device.index), "L2_cache_size", 0)) if x.is_cuda else 0
 
 
 def next_power_of_2(n: int) -> int:
