@@ -55,6 +55,12 @@ CONFIGS = {
     ),
     "norm tuning": peft.LNTuningConfig(task_type="CAUSAL_LM", target_modules=["input_layernorm", "norm"]),
 }
+IN_FP32 = {
+    "VeRA on q and v": peft.VeraConfig(task_type="CAUSAL_LM", r=2, target_modules=[Q, "v_proj"]),
+    "LoHa on up": peft.LoHaConfig(task_type="CAUSAL_LM", r=2, target_modules=["up_proj"], init_weights=False),
+}
+"""Whose outputs under autocast are fp32, beside those of a projection without an adapter."""
+
 UNFUSED = {"LoRA on the head", "DoRA on the head", "LoRA on the head's parameter"}
 """What changes the head's output, so that its logits are computed."""
 
@@ -313,3 +319,15 @@ def test_undo_refuses_where_a_copy_has_become_something_else(device):
     with pytest.raises(RuntimeError, match="cannot undo: a Linear .* has become .*Sharded"):
         patch.undo()
     assert isinstance(model, Swappable)
+
+
+@pytest.mark.parametrize("config", IN_FP32.values(), ids=IN_FP32)
+def test_one_projection_of_another_dtype_under_autocast(device, config):
+    stock, patched = (peft.get_peft_model(base(device), copy.deepcopy(config)) for _ in range(2))
+    patched.load_state_dict(stock.state_dict())
+    assert not liger.apply(patched).declined
+    with torch.autocast(device.type, torch.bfloat16):
+        losses = [model(**batch(TINY["vocab_size"], device)).loss for model in (stock, patched)]
+    torch.testing.assert_close(*losses, rtol=1e-2, atol=1e-2)
+    losses[1].backward()
+    assert all(p.grad.isfinite().all() for p in patched.parameters() if p.requires_grad)

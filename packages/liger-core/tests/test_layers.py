@@ -125,6 +125,27 @@ def test_an_activation_of_an_unknown_class_is_declined(device):
     assert reasons == {"model.layers.0.mlp": "its act_fn is a OneMoreSiLU, which has no kernel"}
 
 
+def test_an_activation_whose_forward_was_replaced_on_the_instance_is_declined(device):
+    model = llama(device)
+    model.model.layers[0].mlp.act_fn.forward = nn.functional.silu
+    (reason,) = {d.reason for d in apply_adapters(model, [LLAMA]).declined}
+    assert reason.startswith("its act_fn.forward was replaced on the instance by torch.nn.functional")
+
+
+def test_gate_and_up_of_different_dtypes_are_multiplied_as_the_model_does(device, path):
+    """As under autocast, where an adapter of PEFT's on one of the two returns fp32."""
+    stock, patched = llama(device), llama(device)
+    patched.load_state_dict(stock.state_dict())
+    apply_adapters(patched, [LLAMA])
+    for model in (stock, patched):
+        model.to(torch.bfloat16)
+        model.model.layers[0].mlp.up_proj.register_forward_hook(lambda module, args, output: output.float())
+        model.model.layers[0].mlp.down_proj.float()
+        model.model.layers[0].mlp.down_proj.register_forward_hook(lambda module, args, output: output.bfloat16())
+    inputs = batch(99, device)
+    torch.testing.assert_close(patched(**inputs).loss, stock(**inputs).loss, rtol=1e-2, atol=1e-2)
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -133,6 +154,7 @@ def test_an_activation_of_an_unknown_class_is_declined(device):
         lambda model: setattr(model.model.layers[0].mlp, "act_fn", nn.ReLU()),
         lambda model: setattr(model.model.layers[0].mlp, "act_fn", nn.SiLU()),
         lambda model: model.model.layers[0].mlp.act_fn.register_forward_hook(lambda module, args, output: 2 * output),
+        lambda model: setattr(model.model.layers[0].mlp.act_fn, "forward", torch.relu),
     ],
 )
 def test_an_activation_is_the_modules_own_though_it_changes_later(device, path, change):

@@ -167,6 +167,30 @@ def test_undo_refuses_when_something_swapped_the_class_again(model):
     assert type(model.model.layers[0].input_layernorm) is not LlamaRMSNorm, "undo must be all or nothing"
 
 
+def test_undo_takes_off_the_forwards_that_removed_hooks_have_left(model, no_interpreter):
+    patch = apply(model)
+    for module in (model.lm_head, model.model.norm):
+        module.forward = module.forward  # as accelerate's hooks do when they are removed
+    patch.undo()
+    assert not {"forward"} & {*vars(model.lm_head), *vars(model.model.norm)}
+    inputs = batch(99, model.device)
+    assert model(**inputs).loss.isfinite()
+
+
+def test_undo_refuses_where_a_forward_on_the_instance_may_call_the_kernels(model):
+    patch = apply(model)
+    model.forward, kept = functools.partial(model.forward), model.model.norm.forward  # a model's may be wrapped
+    model.model.norm.forward = lambda x: kept(x)
+    with pytest.raises(
+        RuntimeError, match="cannot undo: the forward of a LlamaRMSNorm was replaced on the instance by"
+    ):
+        patch.undo()
+    assert type(model.lm_head) is not nn.Linear, "undo must be all or nothing"
+    del model.model.norm.forward
+    patch.undo()
+    assert type(model.lm_head) is nn.Linear
+
+
 def test_patches_of_different_kinds_stack_and_come_off_in_any_order(model):
     before = [type(m) for m in model.modules()]
     norms = apply(model, rope=False, mlp=False, loss=None)

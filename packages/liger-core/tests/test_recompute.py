@@ -94,6 +94,16 @@ def test_an_output_changed_in_place_is_kept(device, tracked):
     assert kept(off) - kept(on) < saved * 4, "the changed output was not kept"
 
 
+def test_an_output_that_was_given_other_data_is_kept(device):
+    def double(module, args, output):
+        output.data = 2 * output.data
+
+    on, off = pair(device)
+    for model in (on, off):
+        model.model.layers[0].input_layernorm.register_forward_hook(double)
+    assert_equal(step(on), step(off))
+
+
 def test_an_output_changed_before_it_is_cast_is_kept(device):
     def double(module, args, output):
         with torch.no_grad():

@@ -40,6 +40,23 @@ def test_weights_of_zero_are_a_scale_of_one(device, path):
     assert stock.model.norm(x).abs().mean() > 0.5
 
 
+class OfAbsolutes(modeling_gemma.GemmaRMSNorm):
+    def _norm(self, x):
+        return x / x.abs().mean(-1, keepdim=True)
+
+
+@pytest.mark.parametrize("on", ["subclass", "instance"])
+def test_a_norm_with_another_helper_is_declined(device, on):
+    model = build(modeling_gemma.GemmaForCausalLM, GemmaConfig(**TINY), device)
+    if on == "subclass":
+        model.model.norm = OfAbsolutes(TINY["hidden_size"]).to(device)
+    else:
+        model.model.norm._norm = lambda x: 2 * x
+    (declined,) = liger.apply(model).declined
+    assert declined.name == "model.norm"
+    assert ("OfAbsolutes overrides its _norm" if on == "subclass" else "its _norm was replaced on") in declined.reason
+
+
 def test_the_legacy_gelu_means_what_transformers_makes_of_it(device, path):
     """The tanh GELU, or, before transformers made sure of it in the config, the other one."""
     config = GemmaConfig(**TINY, hidden_act="gelu")

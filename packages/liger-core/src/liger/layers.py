@@ -9,10 +9,10 @@ from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from liger.adapter import Kind, Layer
-from liger.known_code import HOOKS
+from liger.known_code import HOOKS, described
 from liger.ops import geglu, geglu_joined, layer_norm, rms_norm, swiglu, swiglu_joined
 from liger.ops.geglu import Approximate
 from liger.ops.launch import runs_kernels
@@ -136,17 +136,24 @@ _GATE_OF_CLASS = {
 """By the class that an activation is an instance of, which may be another one tomorrow than the config names."""
 
 
+def _is_replaced(act_fn: Any) -> bool:
+    return isinstance(act_fn, nn.Module) and "forward" in vars(act_fn)
+
+
 def _gate_of(act_fn: Any) -> _Gate | None:
     """The kernels of an activation; None where it must be called itself."""
-    if any(getattr(act_fn, hooks, None) for hooks in HOOKS):
+    if _is_replaced(act_fn) or any(getattr(act_fn, hooks, None) for hooks in HOOKS):
         return None
     return _GATE_OF_CLASS.get((type(act_fn).__module__, type(act_fn).__name__))
 
 
 def gated(act_fn: Callable[[Tensor], Tensor], gate: Tensor, up: Tensor) -> Tensor:
-    """`act_fn(gate) * up`, in one kernel where the activation that a module holds now has one."""
+    """`act_fn(gate) * up`, in one kernel where the activation that a module holds now has one.
+
+    An adapter of PEFT's on one of the two may leave them with different dtypes under autocast.
+    """
     found = _gate_of(act_fn)
-    return act_fn(gate) * up if found is None else rebuildable(found.op, gate, up)
+    return act_fn(gate) * up if found is None or gate.dtype != up.dtype else rebuildable(found.op, gate, up)
 
 
 @dataclass(frozen=True)
@@ -172,6 +179,8 @@ class _Gated(Layer):
             return f"has no {self.act_fn}"
         if any(getattr(act_fn, hooks, None) for hooks in HOOKS):
             return f"a hook on its {self.act_fn} wants to be called"
+        if _is_replaced(act_fn):
+            return f"its {self.act_fn}.forward was replaced on the instance by {described(vars(act_fn)['forward'])}"
         points = torch.linspace(-4, 4, 17, device="cpu")
         with torch.no_grad():
             same = torch.allclose(act_fn(points), gate.activation(points), rtol=0, atol=1e-6)

@@ -17,8 +17,16 @@ from torch import nn
 from liger.adapter import Adapter
 from liger.disabled import DISABLED
 from liger.discover import adapters_for
+from liger.known_code import described
 from liger.plan import Plan, plan
-from liger.subclass import FUSED, Swappable, swapped_class
+from liger.subclass import (
+    FUSED,
+    Swappable,
+    model_class,
+    parallel_head_class,
+    recompute_class,
+    swapped_class,
+)
 from liger.switches import LINEAR, TRUE, Loss, Switches
 
 _log = logging.getLogger(__name__)
@@ -47,15 +55,19 @@ class Patch(Plan):
         is harmless. The Patch does not keep the model alive: what is gone needs no undoing.
 
         Raises:
-            RuntimeError: a module's class was changed by something else since; nothing is undone then.
+            RuntimeError: a module's class was changed by something else since, or its method replaced on the instance,
+                which may call the kernel's; nothing is undone then.
         """
         swapped = self._alive() + self._copies()
+        left_over = [(module, name) for module, _, after in swapped for name in _methods_left_on(module, after)]
         for module, before, after in swapped:
             if type(module) is not after:
                 raise RuntimeError(
                     f"cannot undo: a {before.__name__} was swapped by liger.apply and has become "
                     f"{type(module).__module__}.{type(module).__qualname__} since"
                 )
+        for module, name in left_over:
+            delattr(module, name)
         for module, before, _ in swapped:
             module.__class__ = before
         self._swaps.clear()
@@ -82,6 +94,26 @@ class Patch(Plan):
 
     def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
         self.undo()
+
+
+def _methods_left_on(module: nn.Module, after: type[nn.Module]) -> list[str]:
+    """The class's own methods that an instance holds, as accelerate's hooks leave them when they are taken off.
+
+    Raises:
+        RuntimeError: it holds another in the place of one. A model's own forward may be wrapped: it works for the stock
+            class too.
+    """
+    found = []
+    for name in vars(after).keys() & vars(module).keys():
+        held = vars(module)[name]
+        if getattr(held, "__func__", None) is vars(after)[name]:
+            found.append(name)
+        elif after._recipe[0] not in (model_class, recompute_class, parallel_head_class):  # type: ignore[attr-defined]
+            raise RuntimeError(
+                f"cannot undo: the {name} of a {after.__name__} was replaced on the instance by {described(held)} "
+                "since, which may call the kernel's: take that off first"
+            )
+    return found
 
 
 def apply(

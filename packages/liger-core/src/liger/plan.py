@@ -149,7 +149,9 @@ def _kernels(adapter: Adapter, name: str, module: nn.Module, parent: type, switc
     for target, cls, layer in adapter.layers_of(type(module), parent):
         if getattr(switches, layer.kind):
             reason = switches.skipped(name) or foreign_class(cls, target, adapter.modeling)
-            reason = reason or foreign_method(module, cls, layer.method) or layer.declines(module)
+            for method in (layer.method, *_helpers(cls, layer.method)):
+                reason = reason or foreign_method(module, cls, method)
+            reason = reason or layer.declines(module)
             runs = repr(layer) if reason else layer.kernel(module)
             yield _Proposal(name, module, layer.kind, target, runs, reason, layer_class, layer)
     ours: list[Any] = [c for c in type(module).__mro__ if c.__module__ == adapter.modeling]
@@ -220,10 +222,15 @@ def _recompute(model: nn.Module, switches: Switches, planned: dict[nn.Module, ty
         yield _Proposal(name, backbone, "recompute", cls_name, _RECOMPUTES, reason, recompute_class, None)
 
 
-def _names_in(cls: type[nn.Module]) -> tuple[str, ...]:
-    """The global names that the class's own forward uses, looked at behind its decorators."""
-    forward = vars(cls).get("forward")
-    return inspect.unwrap(forward).__code__.co_names if isinstance(forward, FunctionType) else ()
+def _names_in(cls: type[nn.Module], method: str = "forward") -> tuple[str, ...]:
+    """The names, of globals and of attributes, that the class's own method uses, looked at behind its decorators."""
+    function = vars(cls).get(method)
+    return inspect.unwrap(function).__code__.co_names if isinstance(function, FunctionType) else ()
+
+
+def _helpers(cls: type[nn.Module], method: str) -> list[str]:
+    """Other methods of the class that this one calls, as the forward of Gemma's norm calls `_norm`."""
+    return [name for name in _names_in(cls, method) if isinstance(vars(cls).get(name), FunctionType)]
 
 
 def _wrapped(cls: type[nn.Module]) -> str | None:

@@ -29,7 +29,8 @@ What holds:
 - A recipe keeps nothing alive: it is made only if autograd kept the very inputs of the op, and shares them. Parameters
   of norms are copied (N elements), because FSDP and ZeRO may have taken them apart again by the time of the rebuild.
 - An output that was changed in place since is kept itself. An input that was changed is an error in backward, as it is
-  without the option.
+  without the option. What nobody counts is not seen: an output that is written to through `.data`, numpy or a kernel of
+  one's own is computed again as it was before.
 - q, k and v share one rebuilt tensor, from the first one's backward to the last one's.
 - Where other hooks are at work around the model (`save_on_cpu`, non-reentrant checkpointing), torch would let ours hide
   them: no region is opened there. A layer that is checkpointed inside a region saves through the checkpoint's own
@@ -168,6 +169,7 @@ class _Output(NamedTuple):
 
     tensor: weakref.ref[Tensor]
     version: int
+    address: int
     recipe: _Recipe
 
 
@@ -194,7 +196,9 @@ class _Region:
 
     def _add(self, output: Tensor, recipe: _Recipe) -> None:
         outputs, key = self.outputs, id(output)
-        outputs[key] = _Output(weakref.ref(output, lambda _: outputs.pop(key, None)), output._version, recipe)
+        outputs[key] = _Output(
+            weakref.ref(output, lambda _: outputs.pop(key, None)), output._version, output.data_ptr(), recipe
+        )
 
     def pack(self, tensor: Tensor) -> _Packed:
         """What autograd keeps of a tensor that it wants to keep."""
@@ -214,7 +218,7 @@ class _Region:
         if output is None or tensor.dtype != base.dtype:
             return None
         alive = output.tensor()
-        if alive is None or alive._version != output.version:
+        if alive is None or (alive._version, alive.data_ptr()) != (output.version, output.address):
             return None
         output.recipe.consumers += 1
         return _View(output.recipe, tensor.dtype, tensor.size(), tensor.stride(), tensor.storage_offset())

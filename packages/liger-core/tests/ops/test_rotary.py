@@ -159,6 +159,17 @@ def test_one_output_unused(device, path):
     assert k.grad is None or not k.grad.any()
 
 
+@pytest.mark.parametrize("dtypes", [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)], ids=str)
+def test_q_and_k_of_different_dtypes_are_rotated_each_in_its_own(device, path, dtypes):
+    """As under autocast, where an adapter of PEFT's on one of the projections returns fp32."""
+    q, k = (torch.randn(2, heads, 3, 8, device=device).to(d) for heads, d in zip((4, 1), dtypes, strict=True))
+    cos, sin = (torch.randn(1, 3, 8, device=device).bfloat16() for _ in range(2))
+    alone = rotary_one(q, cos, sin), rotary_one(k, cos, sin)
+    for got, expected, x in zip(rotary(q, k, cos, sin), alone, (q, k), strict=True):
+        assert got.dtype == x.dtype
+        assert torch.equal(got, expected)
+
+
 Q, K, COS = torch.ones(2, 4, 3, 8), torch.ones(2, 1, 3, 8), torch.ones(1, 3, 8)
 
 
@@ -166,9 +177,9 @@ Q, K, COS = torch.ones(2, 4, 3, 8), torch.ones(2, 1, 3, 8), torch.ones(1, 3, 8)
     ("change", "error", "message"),
     [
         ({"unsqueeze_dim": 0}, ValueError, "unsqueeze_dim must be 1 or 2, not 0"),
-        ({"q": Q.long()}, TypeError, "floating-point dtypes, not torch.int64 and torch.float32"),
-        ({"k": K.half()}, TypeError, "k has dtype torch.float16"),
-        ({"sin": COS.double()}, TypeError, "sin torch.float64, expected .* torch.float32"),
+        ({"q": Q.long()}, TypeError, "q must have a floating-point dtype, not torch.int64"),
+        ({"k": K.long()}, TypeError, "k must have a floating-point dtype, not torch.int64"),
+        ({"sin": COS.double()}, TypeError, "sin has dtype torch.float64, expected cos's torch.float32"),
         ({"cos": COS.to("meta")}, ValueError, "cpu, meta and cpu, expected q's device cpu"),
         ({"q": Q[0]}, ValueError, r"q has shape \(4, 3, 8\), expected 4 dimensions"),
         ({"k": K[:, :, :2]}, ValueError, r"k has shape \(2, 1, 2, 8\), expected q's \(2, 4, 3, 8\)"),

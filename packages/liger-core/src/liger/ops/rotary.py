@@ -188,19 +188,22 @@ def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 
 
     Args:
         q: (B, Hq, S, D), or (B, S, Hq, D) with `unsqueeze_dim=2`; fp32, bf16, fp16 or fp64, any strides.
-        k: as q, with Hk heads.
+        k: as q, with Hk heads. Its dtype may be another, as an adapter of PEFT's on one of the projections leaves it
+            under autocast.
         cos: (B, S, R) or (1, S, R) with R even and at most D; any floating-point dtype, on q's device.
         sin: cos's shape and dtype.
         unsqueeze_dim: the dimension of the heads.
 
     Returns:
-        q and k rotated, in the promoted dtype of q and cos, new tensors with the memory layout of q and k.
+        q and k rotated, each in its promoted dtype with cos, new tensors with the memory layout of q and k.
 
     Raises:
         ValueError: a shape or device is not as above.
-        TypeError: a tensor is not floating-point, k has another dtype than q, or sin than cos.
+        TypeError: a tensor is not floating-point, or sin has another dtype than cos.
     """
     _check(q, k, cos, sin, unsqueeze_dim)
+    if k.dtype != q.dtype:
+        return rotary_one(q, cos, sin, unsqueeze_dim), rotary_one(k, cos, sin, unsqueeze_dim)
     trains_angles = (cos.requires_grad or sin.requires_grad) and torch.is_grad_enabled()
     if runs_kernels(q, k, cos, sin) and not trains_angles:
         return _Rotary.apply(q, k, cos, sin, unsqueeze_dim)
@@ -210,12 +213,11 @@ def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 
 def _check(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, head_dim: int) -> None:
     if head_dim not in (1, 2):
         raise ValueError(f"rotary: unsqueeze_dim must be 1 or 2, not {head_dim!r}")
-    if not q.is_floating_point() or not cos.is_floating_point():
-        raise TypeError(f"rotary: q and cos must have floating-point dtypes, not {q.dtype} and {cos.dtype}")
-    if k.dtype != q.dtype or sin.dtype != cos.dtype:
-        raise TypeError(
-            f"rotary: k has dtype {k.dtype} and sin {sin.dtype}, expected q's {q.dtype} and cos's {cos.dtype}"
-        )
+    for name, t in (("q", q), ("k", k), ("cos", cos)):
+        if not t.is_floating_point():
+            raise TypeError(f"rotary: {name} must have a floating-point dtype, not {t.dtype}")
+    if sin.dtype != cos.dtype:
+        raise TypeError(f"rotary: sin has dtype {sin.dtype}, expected cos's {cos.dtype}")
     if not q.device == k.device == cos.device == sin.device:
         raise ValueError(
             f"rotary: k, cos and sin are on {k.device}, {cos.device} and {sin.device}, expected q's device {q.device}"
