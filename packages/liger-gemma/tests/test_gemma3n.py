@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from torch import nn
 from transformers import Gemma3nTextConfig
 from transformers.models.gemma3n import modeling_gemma3n
@@ -55,7 +56,7 @@ def test_dense_and_sparse_mlps_are_swapped(device):
     ("attribute", "value", "reason"),
     [
         ("activation_sparsity", None, "has no number activation_sparsity"),
-        ("_gaussian_topk", None, "has no method _gaussian_topk"),
+        ("_gaussian_topk", torch.relu, "its _gaussian_topk was replaced on the instance by"),
         ("dropout", nn.Dropout(0.1), "holds act_fn, down_proj, dropout, gate_proj, up_proj, not"),
     ],
 )
@@ -65,3 +66,9 @@ def test_another_mlp_is_declined(device, attribute, value, reason):
     (declined,) = apply_liger_kernel_to_gemma3n(patched).declined
     assert declined.name == "model.layers.0.mlp"
     assert declined.reason.startswith(reason)
+
+
+def test_an_mlp_without_the_method_is_declined(device):
+    mlp = model(device).model.layers[0].mlp
+    mlp._gaussian_topk = None
+    assert gemma3n.modules["Gemma3nTextMLP"].declines(mlp) == "has no method _gaussian_topk"
