@@ -19,14 +19,7 @@ from liger.disabled import DISABLED
 from liger.discover import adapters_for
 from liger.known_code import described
 from liger.plan import Plan, plan
-from liger.subclass import (
-    FUSED,
-    Swappable,
-    model_class,
-    parallel_head_class,
-    recompute_class,
-    swapped_class,
-)
+from liger.subclass import FUSED, Swappable, model_class, parallel_head_class, recompute_class, swapped_class
 from liger.switches import LINEAR, TRUE, Loss, Switches
 
 _log = logging.getLogger(__name__)

@@ -1,8 +1,9 @@
 """Compiles the kernels that the ops start for a GPU that need not be there, and prints what each asks of it, as JSON.
 
-    python compiled_kernels.py cuda 89
+    python compiled_kernels.py cuda 89 99
 
-It runs without Triton's interpreter, in a process of its own: Triton decides for one or the other when it is imported.
+The last number is how many KiB of shared memory a program may have there. It runs without Triton's interpreter, in a
+process of its own: Triton decides for one or the other when it is imported.
 """
 
 from __future__ import annotations
@@ -24,10 +25,8 @@ import liger.ops
 from liger.ops import launch as launching
 
 TARGETS = {"cuda": (int, 32), "hip": (str, 64)}
-SHARED = {"89": 99, "90": 227, "gfx942": 64}
-"""KiB of shared memory that a program may have."""
 
-backend, architecture = sys.argv[1:]
+backend, architecture, shared = sys.argv[1:]
 parse, warp_size = TARGETS[backend]
 target = GPUTarget(backend, parse(architecture), warp_size)
 types = {
@@ -79,7 +78,7 @@ for found in pkgutil.iter_modules(liger.ops.__path__, "liger.ops."):
     stand_ins: dict[str, Callable[..., Any]] = {
         "launch": compile_instead,
         "runs_kernels": lambda x, *others: x.dtype != torch.float64,
-        "shared_bytes": lambda x: (SHARED[architecture] - 1) * 2**10,
+        "shared_bytes": lambda x: (int(shared) - 1) * 2**10,
         "l2_bytes": lambda x: 50 * 2**20,
     }
     for name, stand_in in stand_ins.items():

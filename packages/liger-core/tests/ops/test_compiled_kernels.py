@@ -19,8 +19,9 @@ pytest.importorskip("triton")
     ids=["L4 and RTX", "H100", "MI300"],
 )
 def test_kernels_fit(backend, architecture, shared):
+    script = Path(__file__).with_name("compiled_kernels.py")
     ran = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("compiled_kernels.py")), backend, architecture],
+        [sys.executable, str(script), backend, architecture, str(shared)],
         env={name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"},
         capture_output=True, text=True, check=False,
     )  # fmt: skip

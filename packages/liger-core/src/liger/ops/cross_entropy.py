@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from liger.ops.launch import runs_kernels
-from liger.ops.loss_rows import Options, fill_rows, reference_rows
+from liger.ops.loss_rows import Options, Scaling, fill_rows, reference_rows
 from liger.ops.named import named
 from liger.ops.once_differentiable import once_differentiable
 from liger.ops.upstream_scale import early_and_late, scaled
@@ -131,7 +131,7 @@ def constant(op: str, name: str, value: float) -> float:
     return float(value)
 
 
-def checked_scaling(op: str, logit_scale: float, softcap: float | None, prefix: str = "") -> tuple[float, float | None]:
+def checked_scaling(op: str, logit_scale: float, softcap: float | None, prefix: str = "") -> Scaling:
     """Both as plain numbers; `prefix` is what their names begin with in the op's signature."""
     scale = constant(op, f"{prefix}logit_scale", logit_scale)
     cap = None if softcap is None else constant(op, f"{prefix}softcap", softcap)
@@ -139,7 +139,7 @@ def checked_scaling(op: str, logit_scale: float, softcap: float | None, prefix: 
         raise ValueError(f"{op}: {prefix}logit_scale must be finite, not {scale}")
     if cap is not None and not 0 < cap < math.inf:
         raise ValueError(f"{op}: {prefix}softcap must be positive and finite, or None, not {cap}")
-    return scale, cap
+    return Scaling(scale, cap)
 
 
 def checked_options(

@@ -24,37 +24,26 @@ and for the gradient.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from liger.ops.launch import jit, l2_bytes, launch, runs_kernels, tl
-from liger.ops.loss_rows import tile_of
+from liger.ops.loss_rows import Scaling, reference_z, tile_of
 from liger.ops.tanh import tanh
 
 
-class Scaling(NamedTuple):
-    """What a model does to its head's output: a scale, then a softcap."""
-
-    logit_scale: float = 1.0
-    softcap: float | None = None
-
-    def over(self, temperature: float) -> tuple[float, float]:
-        """(a, b) of the logits over the temperature: b · tanh(a · x), or b · x without a softcap, where a is 1."""
-        if self.softcap is None:
-            return 1.0, self.logit_scale / temperature
-        return self.logit_scale / self.softcap, self.softcap / temperature
+def _over(scaling: Scaling, temperature: float) -> tuple[float, float]:
+    """(a, b) of the logits over the temperature: b · tanh(a · x), or b · x without a softcap, where a is 1."""
+    logit_scale, softcap = scaling
+    if softcap is None:
+        return 1.0, logit_scale / temperature
+    return logit_scale / softcap, softcap / temperature
 
 
 def _shares(beta: float) -> tuple[float, float]:
     """What KL(t ‖ m) and KL(s ‖ m) are multiplied by. At both ends m is one of the two, whose own divergence is 0."""
     return beta or 1.0, (1.0 - beta) or 1.0
-
-
-def _capped(logits: Tensor, scaling: Scaling) -> Tensor:
-    logits = logits if scaling.logit_scale == 1 else logits * scaling.logit_scale
-    return logits if scaling.softcap is None else torch.tanh(logits / scaling.softcap) * scaling.softcap
 
 
 def _divergence_of(p: Tensor, log_p: Tensor, log_m: Tensor) -> Tensor:
@@ -68,7 +57,7 @@ def _reference_fill(
 ) -> None:  # fmt: skip
     """`fill_distillation_rows` in plain torch."""
     wide = torch.promote_types(torch.promote_types(student.dtype, teacher.dtype), torch.float32)
-    x, y = (_capped(logits.to(wide), scaling) for logits, scaling in zip((student, teacher), scalings, strict=True))
+    x, y = (reference_z(logits.to(wide), scaling) for logits, scaling in zip((student, teacher), scalings, strict=True))
     log_s, log_t = ((capped / temperature).log_softmax(-1) for capped in (x, y))
     s, t = log_s.exp(), log_t.exp()
     if beta == 0:
@@ -96,7 +85,7 @@ def _reference_fill(
 
 @jit(varying=())
 def _scaled(logits, column, columns, a, b, IS_CAPPED: tl.constexpr, MASKED: tl.constexpr):
-    """A tile of logits over the temperature, scaled and capped (see `Scaling.over`)."""
+    """A tile of logits over the temperature, scaled and capped (see `_over`)."""
     inside = column < columns if MASKED else None
     x = tl.load(logits + column, mask=inside, other=0.0 if MASKED else None, eviction_policy="evict_last")
     x = x.to(tl.float32)
@@ -277,7 +266,7 @@ def fill_distillation_rows(
         _rows_kernel, (rows,), student, teacher, counts, upstream, denominator, loss, student.stride(0),
         teacher.stride(0), upstream.stride(0) if upstream is not None and upstream.dim() else 0, columns,
         *_shares(beta), math.log1p(-beta) if mixes else 0.0, math.log(beta) if mixes else 0.0,
-        *scalings[0].over(temperature), *scalings[1].over(temperature),
+        *_over(scalings[0], temperature), *_over(scalings[1], temperature),
         CAPS_STUDENT=scalings[0].softcap is not None, CAPS_TEACHER=scalings[1].softcap is not None,
         IS_FORWARD=beta == 0, IS_REVERSE=beta == 1, HAS_UPSTREAM=upstream is not None,
         HAS_DENOMINATOR=denominator is not None, WRITES_GRADIENT=with_gradient, WIDTH=width, num_warps=warps,

@@ -34,7 +34,7 @@ from liger.ops.cross_entropy import (
     divisor,
     reduced,
 )
-from liger.ops.distillation_rows import Scaling, fill_distillation_rows
+from liger.ops.distillation_rows import fill_distillation_rows
 from liger.ops.linear_chunks import (
     check_accum_dtype,
     check_dtypes,
@@ -46,6 +46,7 @@ from liger.ops.linear_chunks import (
     project,
     through_chunks,
 )
+from liger.ops.loss_rows import Scaling
 from liger.ops.named import named
 from liger.ops.once_differentiable import once_differentiable
 from liger.ops.upstream_scale import early_and_late, scaled
@@ -226,8 +227,8 @@ def linear_distillation(
         target = student_input.new_full(shape, 0 if ignore_index else 1, dtype=torch.int64)
     check_arguments(op, target, student_input, checked_options(op, ignore_index), reduction, denominator)
     scalings = (
-        Scaling(*checked_scaling(op, student_logit_scale, student_softcap, "student_")),
-        Scaling(*checked_scaling(op, teacher_logit_scale, teacher_softcap, "teacher_")),
+        checked_scaling(op, student_logit_scale, student_softcap, "student_"),
+        checked_scaling(op, teacher_logit_scale, teacher_softcap, "teacher_"),
     )
     compute_dtype = check_dtypes(op, student_input, student_weight, student_bias, _STUDENT)
     teacher_dtype = check_dtypes(op, teacher_input, teacher_weight, teacher_bias, _TEACHER)

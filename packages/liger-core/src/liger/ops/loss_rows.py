@@ -40,7 +40,14 @@ class Options(NamedTuple):
     logit_scale: float
 
 
-def reference_z(logits: Tensor, options: Options) -> Tensor:
+class Scaling(NamedTuple):
+    """What a model does to its head's output: a scale, then a softcap. `Options` has both too."""
+
+    logit_scale: float = 1.0
+    softcap: float | None = None
+
+
+def reference_z(logits: Tensor, options: Options | Scaling) -> Tensor:
     """The scaled and capped logits in fp32 (fp64 for fp64); the logits themselves where that changes nothing."""
     z = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if options.logit_scale != 1:
