@@ -22,9 +22,10 @@ import torch
 from torch import Tensor
 
 from liger.ops.launch import runs_kernels
-from liger.ops.loss_rows import Options, Scaling, fill_rows, reference_rows
+from liger.ops.loss_rows import Options, fill_rows, reference_rows
 from liger.ops.named import named
 from liger.ops.once_differentiable import once_differentiable
+from liger.ops.scaling import Scaling
 from liger.ops.upstream_scale import early_and_late, scaled
 
 Reduction = Literal["mean", "sum", "none"]

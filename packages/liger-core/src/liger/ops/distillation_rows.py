@@ -29,7 +29,8 @@ import torch
 from torch import Tensor
 
 from liger.ops.launch import jit, l2_bytes, launch, runs_kernels, tl
-from liger.ops.loss_rows import Scaling, reference_z, tile_of
+from liger.ops.loss_rows import tile_of
+from liger.ops.scaling import Scaling, reference_z
 from liger.ops.tanh import tanh
 
 

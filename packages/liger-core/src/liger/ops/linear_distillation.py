@@ -46,9 +46,9 @@ from liger.ops.linear_chunks import (
     project,
     through_chunks,
 )
-from liger.ops.loss_rows import Scaling
 from liger.ops.named import named
 from liger.ops.once_differentiable import once_differentiable
+from liger.ops.scaling import Scaling
 from liger.ops.upstream_scale import early_and_late, scaled
 
 _STUDENT = ("student_input", "student_weight", "student_bias")

@@ -29,7 +29,8 @@ import torch
 from torch import Tensor
 
 from liger.ops.launch import jit, l2_bytes, launch, next_power_of_2, runs_kernels, tl
-from liger.ops.loss_rows import Options, capped_logits, reference_z, tile_of
+from liger.ops.loss_rows import Options, tile_of
+from liger.ops.scaling import reference_z, scaled_z
 
 _LOG2_E = math.log2(math.e)
 _FAR = -1e4  # exp of it is 0 in every dtype, and 0 · it is 0, where 0 · -inf would be NaN
@@ -42,7 +43,7 @@ def _reference_measure(
     """`measure_rows` in plain torch."""
     counts = target != options.ignore_index
     label = torch.where(counts, target, 0).long()[:, None]
-    z = reference_z(logits, options)
+    z = reference_z(logits, options.scaling)
     largest, z = z.argmax(-1), z / temperature  # the first of equals
     top = z.amax(-1)
     log_prob.copy_(z.gather(-1, label)[:, 0] - top)
@@ -66,14 +67,13 @@ def _reference_differentiate(
     counts = target != options.ignore_index
     place = target.long() - first_class
     here = (place >= 0) & (place < logits.shape[-1])
-    capped = reference_z(logits, options)
+    capped = reference_z(logits, options.scaling)
     top, above, gap, own = statistics.unbind(-1)
     column = torch.where(here, place, 0)[:, None]
     below = capped / temperature - top[:, None]
     below.scatter_(-1, column, torch.where(here, own + above, below[:, 0])[:, None]).clamp_(min=_FAR)
-    zero = torch.zeros_like(top)
-    g = zero if log_prob_gradient is None else log_prob_gradient
-    h = zero if entropy_gradient is None else entropy_gradient
+    upstream = (log_prob_gradient, entropy_gradient)
+    g, h = (torch.zeros_like(top) if gradient is None else gradient for gradient in upstream)
     dx = (below - above[:, None]).exp_()
     dx *= (g + h * gap)[:, None] if entropy_gradient is None else below.add_(gap[:, None]).mul_(h[:, None]) + g[:, None]
     dx.neg_().scatter_add_(-1, column, torch.where(here, g, 0.0)[:, None])
@@ -90,7 +90,7 @@ def _fold(
     """Take a tile into every lane's maximum, and its sums relative to it."""
     inside = column < columns if MASKED else None
     x = tl.load(logits + column, mask=inside, other=0.0 if MASKED else None, eviction_policy="evict_first")
-    z = capped_logits(x, logit_scale, softcap, HAS_SCALE, HAS_SOFTCAP)
+    z = scaled_z(x, logit_scale, softcap, HAS_SCALE, HAS_SOFTCAP)
     if MASKED:
         z = tl.where(inside, z, float("-inf"))
     higher = tl.maximum(peak, tl.max(z, axis=0))
@@ -131,7 +131,7 @@ def _measure_kernel(
         if not is_label:
             tl.device_print("liger: label out of range, its log-probability is NaN: ", label)
         z_label = tl.load(row_logits + label, mask=is_label, other=float("nan"))
-        z_label = capped_logits(z_label, logit_scale, softcap, HAS_SCALE, HAS_SOFTCAP)
+        z_label = scaled_z(z_label, logit_scale, softcap, HAS_SCALE, HAS_SOFTCAP)
         place = tl.where(is_label, label, 0).to(tl.int32)
         place_tile = place // SIZE * SIZE
         # Each of WIDTH lanes keeps its own sums, as in `loss_rows`. The first maximum is finite, so that a lane of
@@ -149,7 +149,7 @@ def _measure_kernel(
         beaten = (place_tile > 0) & (tl.max(peak, axis=0) >= z_label)
         column = place_tile + tile
         z = tl.load(row_logits + column, mask=column < columns, other=0.0)
-        z = capped_logits(z, logit_scale, softcap, HAS_SCALE, HAS_SOFTCAP)
+        z = scaled_z(z, logit_scale, softcap, HAS_SCALE, HAS_SOFTCAP)
         beats = ((z > z_label) | ((z == z_label) & (column < place))) & (column < columns)
         beaten = beaten | (tl.max(tl.max(beats.to(tl.int32), axis=0), axis=0) > 0)
         peak, total, gap = _fold(
@@ -192,7 +192,7 @@ def _differentiate(
     """Put the gradient of a tile in the place of its logits."""
     inside = column < columns if MASKED else None
     x = tl.load(logits + column, mask=inside, other=0.0 if MASKED else None, eviction_policy="evict_first")
-    capped = capped_logits(x, logit_scale, softcap, HAS_SCALE, HAS_SOFTCAP)
+    capped = scaled_z(x, logit_scale, softcap, HAS_SCALE, HAS_SOFTCAP)
     below = tl.where(column == label, own + above, (capped - top) * coldness)
     slope = tl.zeros_like(below)
     if HAS_LOG_PROB:

@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from liger.ops.launch import jit, l2_bytes, launch, next_power_of_2, runs_kernels, tl
-from liger.ops.tanh import tanh
+from liger.ops.scaling import Scaling, reference_z, scaled_z
 
 
 class Options(NamedTuple):
@@ -39,25 +39,15 @@ class Options(NamedTuple):
     softcap: float | None
     logit_scale: float
 
-
-class Scaling(NamedTuple):
-    """What a model does to its head's output: a scale, then a softcap. `Options` has both too."""
-
-    logit_scale: float = 1.0
-    softcap: float | None = None
-
-
-def reference_z(logits: Tensor, options: Options | Scaling) -> Tensor:
-    """The scaled and capped logits in fp32 (fp64 for fp64); the logits themselves where that changes nothing."""
-    z = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    if options.logit_scale != 1:
-        z = z * options.logit_scale
-    return z if options.softcap is None else options.softcap * torch.tanh(z / options.softcap)
+    @property
+    def scaling(self) -> Scaling:
+        """From the logits to z."""
+        return Scaling(self.logit_scale, self.softcap)
 
 
 def reference_rows(logits: Tensor, target: Tensor, options: Options) -> Tensor:
     """The loss of every row of (M, V) logits in plain, differentiable torch; 0 where the label is ignored."""
-    z, ignored = reference_z(logits, options), options.ignore_index
+    z, ignored = reference_z(logits, options.scaling), options.ignore_index
     loss = F.cross_entropy(
         z, target.long(), ignore_index=ignored, label_smoothing=options.label_smoothing, reduction="none"
     )
@@ -71,7 +61,7 @@ def _reference_fill(
     upstream: Tensor | None, denominator: Tensor | None, part: bool,
 ) -> None:  # fmt: skip
     """`fill_rows` in plain torch, with one temporary of the logits' size: the passes over it are what it costs."""
-    z, smoothing = reference_z(logits, options), options.label_smoothing
+    z, smoothing = reference_z(logits, options.scaling), options.label_smoothing
     counts = target != options.ignore_index
     here = counts & (target >= 0) & (target < logits.shape[-1]) if part else counts
     label = torch.where(here, target, 0).long()[:, None]
@@ -109,17 +99,6 @@ def _reference_fill(
 
 
 @jit(varying=())
-def capped_logits(x, logit_scale, softcap, HAS_SCALE: tl.constexpr, HAS_SOFTCAP: tl.constexpr):  # noqa: ANN201
-    """`reference_z`, in a kernel."""
-    z = x.to(tl.float32)
-    if HAS_SCALE:
-        z = z * logit_scale
-    if HAS_SOFTCAP:
-        z = softcap * tanh(z / softcap)
-    return z
-
-
-@jit(varying=())
 def _fold(
     logits, column, columns, padded, peak, total, z_sum, logit_scale, softcap, HAS_SMOOTHING: tl.constexpr,
     HAS_SCALE: tl.constexpr, HAS_SOFTCAP: tl.constexpr, MASKED: tl.constexpr,
@@ -127,7 +106,7 @@ def _fold(
     """Take a tile into every lane's maximum, its sum of exponentials relative to it, and its sum."""
     there = column < padded if MASKED else None
     x = tl.load(logits + column, mask=there, other=0.0 if MASKED else None, eviction_policy="evict_last")
-    z = capped_logits(x, logit_scale, softcap, HAS_SCALE, HAS_SOFTCAP)
+    z = scaled_z(x, logit_scale, softcap, HAS_SCALE, HAS_SOFTCAP)
     if HAS_SMOOTHING:
         z_sum += tl.sum(tl.where(column < columns, z, 0.0) if MASKED else z, axis=0)
     if MASKED:
@@ -144,7 +123,7 @@ def _differentiate(
     """Write the gradient of a tile as if no column of it were the label."""
     there = column < padded if MASKED else None
     x = tl.load(logits + column, mask=there, other=0.0 if MASKED else None, eviction_policy="evict_first")
-    z = capped_logits(x, logit_scale, softcap, HAS_SCALE, HAS_SOFTCAP)
+    z = scaled_z(x, logit_scale, softcap, HAS_SCALE, HAS_SOFTCAP)
     dx = tl.exp(z - top) * slope
     if HAS_SMOOTHING:
         dx -= uniform
@@ -191,7 +170,7 @@ def _rows_kernel(
         if not (IS_PART or is_label):
             tl.device_print("liger: label out of range, its loss is NaN: ", label)
         z_label = tl.load(row_logits + label, mask=is_label, other=0.0)
-        z_label = capped_logits(z_label, logit_scale, softcap, HAS_SCALE, HAS_SOFTCAP)
+        z_label = scaled_z(z_label, logit_scale, softcap, HAS_SCALE, HAS_SOFTCAP)
 
         if LSE_IS_KNOWN:
             top = tl.load(lse + 2 * row)
