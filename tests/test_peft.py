@@ -12,8 +12,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import LlamaConfig
+from transformers import LlamaConfig, PhiConfig
 from transformers.models.llama.modeling_llama import LlamaForCausalLM
+from transformers.models.phi.modeling_phi import PhiForCausalLM
 
 import liger
 from liger.lazy_logits import LazyLogits
@@ -331,3 +332,26 @@ def test_one_projection_of_another_dtype_under_autocast(device, config):
     torch.testing.assert_close(*losses, rtol=1e-2, atol=1e-2)
     losses[1].backward()
     assert all(p.grad.isfinite().all() for p in patched.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        lora(Q, modules_to_save=["final_layernorm"]),
+        peft.LNTuningConfig(task_type="CAUSAL_LM", target_modules=["final_layernorm"]),
+    ],
+    ids=["saved", "tuned"],
+)
+def test_a_norm_of_torchs_that_peft_has_wrapped(device, config):
+    stock, patched, skipping = (
+        peft.get_peft_model(build(PhiForCausalLM, PhiConfig(**TINY), device), copy.deepcopy(config)) for _ in range(3)
+    )
+    patched.load_state_dict(stock.state_dict())
+
+    def of_the_norm(found):
+        return {entry.name.partition("final_layernorm.")[2] for entry in found} - {""}
+
+    copies = of_the_norm(liger.apply(patched).swapped)
+    assert len(copies) == 2, "the model's own and PEFT's"
+    assert of_the_norm(liger.apply(skipping, skip=["final_layernorm"]).declined) == copies
+    assert_trains_the_same(stock, patched, batch(TINY["vocab_size"], device))

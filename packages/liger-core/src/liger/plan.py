@@ -26,7 +26,7 @@ from liger.subclass import (
     parallel_head_class,
     recompute_class,
 )
-from liger.switches import DEFAULTS, Part, Switches, matches
+from liger.switches import DEFAULTS, Part, Switches, matches, name_before_peft
 
 if TYPE_CHECKING:
     from liger.causal_lm import CausalLM
@@ -116,7 +116,7 @@ def plan(model: nn.Module, adapters: Iterable[Adapter], switches: Switches = DEF
     planned: dict[nn.Module, type[nn.Module]] = {}
     for adapter in adapters:
         for name, module in model.named_modules():
-            parent = model.get_submodule(name.rpartition(".")[0])
+            parent = model.get_submodule(name_before_peft(name).rpartition(".")[0])
             _add(found, planned, _kernels(adapter, name, module, type(parent), switches))
     if switches.loss:
         _add(found, planned, _unnamed_losses(model, found, switches))

@@ -14,8 +14,8 @@ Loss = Literal["linear", "full"] | None
 Part = Kind | Literal["recompute"]
 
 
-_MODULES_TO_SAVE = re.compile(r"\.(original_module|modules_to_save\.[^.]+)(?=\.|$)")
-"""What PEFT puts between the name of a module that it saves and those of the module and of its copies."""
+_OF_PEFT = re.compile(r"\.(original_module|base_layer|(modules_to_save|ln_tuning_layers)\.[^.]+)(?=\.|$)")
+"""What PEFT puts between the name of a module that it wraps and those of the module and of its copies."""
 
 
 class _Default(int):
@@ -72,10 +72,15 @@ class Switches:
 def matches(name: str, pattern: str) -> bool:
     """Whether a pattern of `skip` means the module of that name: by all of it, or by its end after some dot.
 
-    What PEFT's modules_to_save puts behind the name of a module may be left out.
+    What PEFT puts behind the name of a module that it wraps may be left out.
     """
-    names = (name, _MODULES_TO_SAVE.sub("", name))
+    names = (name, name_before_peft(name))
     return any(fnmatchcase(name, pattern) or fnmatchcase(name, f"*.{pattern}") for name in names)
+
+
+def name_before_peft(name: str) -> str:
+    """The name that the module had before PEFT wrapped it."""
+    return _OF_PEFT.sub("", name)
 
 
 DEFAULTS = Switches()
