@@ -21,6 +21,7 @@ from packaging.version import Version
 import liger
 import rotary_in_own_dtype
 from liger.layers import Stock
+from liger.testing import TINY
 from try_kernels import Findings, RefusalError, expression, find
 
 PYPROJECT = """\
@@ -82,7 +83,7 @@ class Test{stem}(AdapterContract):
     model_class = "{model}"
 {declines}
     def config(self):
-        return {config}(**TINY, {options})
+        return {config}({tiny}, {options})
 '''
 
 README = """\
@@ -100,16 +101,21 @@ The contract that it must pass: `python -m pip install -e ".[testing]"`, then `p
 CHANGELOG = """\
 # Changelog of liger-{name}
 
+<!-- releases -->
+
 ## 0.1.0, unreleased
 
 - The adapter for `transformers.models.{key}`.
 """
+
+NOTHING = "nothing that has the look of a norm, a gated MLP, experts or a rotary function"
 
 
 def texts(found: Findings) -> dict[str, str]:
     """The package's files, by path."""
     key, adapter = found.adapter.key, found.adapter
     layers = {name: expression(layer) for name, layer in adapter.modules.items()}
+    resized = ", ".join(f"{name!r}: {value!r}" for name, value in found.options.items() if name in TINY)
     ops = {name: repr(op) if isinstance(op, str) else op.__name__ for name, op in adapter.functions.items()}
     names = {
         "key": key,
@@ -124,8 +130,9 @@ def texts(found: Findings) -> dict[str, str]:
         "functions": _mapping(ops),
         "head": expression(adapter.head) if adapter.head else None,
         "declines": f"    declines = {found.declines}\n" if found.declines else "",
-        "options": ", ".join(f"{name}={value!r}" for name, value in found.options.items()),
-        "left": "\n".join(f"- {line}" for line in left_out(found)) or "- nothing",
+        "tiny": f"**{{**TINY, {resized}}}" if resized else "**TINY",
+        "options": ", ".join(f"{name}={value!r}" for name, value in found.options.items() if name not in TINY),
+        "left": "\n".join(f"- {line}" for line in left_out(found)) or f"- {NOTHING}",
     }
     folder = f"src/liger_{key}"
     copied = {f"{folder}/rotary_in_own_dtype.py": Path(rotary_in_own_dtype.__file__).read_text("utf-8")}
@@ -187,7 +194,7 @@ def write(found: Findings, folder: Path) -> None:
         path.write_text(text, encoding="utf-8")
     # As the package's own settings will have it, and not those of the project that it is written from.
     for command in (["check", "--quiet", "--select", "I", "--fix"], ["format", "--quiet", "--line-length", "120"]):
-        subprocess.run([sys.executable, "-m", "ruff", *command, "--isolated"], cwd=folder, check=True)
+        subprocess.run([sys.executable, "-m", "ruff", *command, "--isolated", "--no-cache"], cwd=folder, check=True)
 
 
 def main() -> None:
@@ -218,7 +225,7 @@ def main() -> None:
     write(found, folder)
     head = expression(found.adapter.head) if found.adapter.head else "no head"
     print(f"{folder}: {', '.join([*found.adapter.modules, *found.adapter.functions])}, and {head}")
-    print("\n".join(["Left to transformers:", *(list(left_out(found)) or ["nothing"])]))
+    print("\n".join(["Left to transformers:", *(list(left_out(found)) or [NOTHING])]))
     python = sys.executable  # that has liger-core, which need not be on an index
     print(f"Next: cd {folder} && {python} -m pip install -e '.[testing]' && {python} -m pytest")
 

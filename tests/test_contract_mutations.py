@@ -23,17 +23,23 @@ MUTANTS = {
     "WrongFile": "dataclasses.replace(llama, modeling='transformers.models.mistral.modeling_mistral')",
     "NormLeftOut": "dataclasses.replace(llama, modules={'LlamaMLP': llama.modules['LlamaMLP']})",
     "RotaryLeftOut": "dataclasses.replace(llama, functions={})",
+    "TorchNormLeftOut": "diffllama_without('nn.RMSNorm')",
+    "ForgottenScale": "granite()",
+    "InvertedScale": "granite(logit_scale='config.logits_scaling')",
     "NotBroken": "llama",
+    "NotBrokenScale": "granite(logit_divisor='config.logits_scaling')",
 }
+SOUND = {"NotBroken", "NotBrokenScale"}
 
 SUITE = """
 import dataclasses
-from transformers import LlamaConfig
+from transformers import DiffLlamaConfig, GraniteConfig, LlamaConfig
+from liger.adapter import Adapter
 from liger.causal_lm import CausalLM
 from liger.layers import GatedMLP, RMSNorm
-from liger.ops import rms_norm
+from liger.ops import rms_norm, rotary
 from liger.testing import TINY, AdapterContract
-from liger_llama import llama
+from liger_llama import diffllama, llama
 
 
 class FixedEps(RMSNorm):
@@ -53,9 +59,24 @@ def other_signature(q, k, cos, sin, position_ids=None, unsqueeze_dim=1):
     return q, k
 
 
+def diffllama_without(name):
+    modules = {key: value for key, value in diffllama.modules.items() if key != name}
+    return dataclasses.replace(diffllama, modules=modules)
+
+
+def granite(**scale):
+    return Adapter(
+        modeling="transformers.models.granite.modeling_granite",
+        modules={"GraniteRMSNorm": RMSNorm(eps="variance_epsilon"), "GraniteMLP": GatedMLP(act="hidden_act")},
+        functions={"apply_rotary_pos_emb": rotary},
+        head=CausalLM("GraniteForCausalLM", **scale),
+    )
+
+
 class Suite(AdapterContract):
     def config(self):
-        return LlamaConfig(**TINY, wrong_eps=1e-1)
+        config = {"diffllama": DiffLlamaConfig, "granite": GraniteConfig}.get(self.adapter.key, LlamaConfig)
+        return config(**TINY, wrong_eps=1e-1)
 
 """
 
@@ -68,7 +89,7 @@ def test_every_mutant_turns_a_test_red_and_the_sound_adapter_none(pytester):
         "-k", "found_and_used or left_out or its_original or each_number or loss_and_gradients or logits_are_there",
     )  # fmt: skip
     red = set(re.findall(r"(?:FAILED|ERROR) .*::Test(\w+)::", result.stdout.str()))
-    assert red == set(MUTANTS) - {"NotBroken"}, f"stayed green: {set(MUTANTS) - {'NotBroken'} - red}"
+    assert red == set(MUTANTS) - SOUND, f"stayed green: {set(MUTANTS) - SOUND - red}; turned red: {SOUND & red}"
 
 
 def test_overriding_a_test_needs_a_reason(pytester):

@@ -98,7 +98,7 @@ def test_a_pattern_finds_the_modules_inside_a_wrapper(model):
 @pytest.mark.parametrize("pattern", ["model.layers.7.*", "lm_heads", "model.layers.0", "model.layers.0.mlp.act_fn"])
 def test_a_pattern_that_means_nothing_is_refused_before_anything_changes(model, pattern):
     before = classes(model)
-    with pytest.raises(ValueError, match=re.escape(f"skip={pattern!r} matches no module that would be swapped")):
+    with pytest.raises(ValueError, match=re.escape(f"skip={pattern!r} matches no module that a kernel is meant for")):
         apply(model, skip=["mlp", pattern])
     assert classes(model) == before
 

@@ -118,7 +118,7 @@ def test_models_built_after_apply_liger_kernel_to_llama_are_patched_until_undone
     torch.testing.assert_close(causal(**inputs).loss, stock(**inputs).loss)
 
 
-def test_a_model_on_the_meta_device_is_patched_before_its_weights_load(device, tmp_path):
+def test_a_model_on_the_meta_device_is_patched_before_its_weights_load(device):
     stock = build(modeling_llama.LlamaForCausalLM, LlamaConfig(**TINY), device)
     with torch.device("meta"):
         model = modeling_llama.LlamaForCausalLM(LlamaConfig(**TINY))

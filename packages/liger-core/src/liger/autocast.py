@@ -17,7 +17,7 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
 
 
 def under_autocast(device: torch.device, dtype: torch.dtype | None) -> contextlib.AbstractContextManager[Any]:
-    """Where autocast on that device computes in `dtype`, or is off for None; costs nothing where that is so already."""
+    """A context in which autocast computes in `dtype` on that device, or is off if that is None."""
     if autocast_dtype(device) == dtype:
         return contextlib.nullcontext()
     return torch.autocast(device.type, dtype, enabled=dtype is not None)

@@ -190,7 +190,7 @@ class CausalLM:
         """`forward` for a subclass of the head's class `base`."""
         return {"forward": _answering(base.forward)}
 
-    def parallel_head_members(self, base: type[nn.Module]) -> dict[str, Any]:
+    def parallel_head_members(self) -> dict[str, Any]:
         """The same for a head on whose instance transformers' tensor parallelism has put a forward of its own."""
         return {"forward": before_the_instance(_answering(lambda head, input: vars(head)["forward"](input)))}
 

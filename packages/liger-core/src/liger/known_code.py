@@ -71,7 +71,7 @@ def _package(module: str) -> str:
 
 
 def _defined_in(function: Any) -> str:
-    """Where, whatever functools.wraps has made it say: a wrapper is code that a kernel would leave out."""
+    """The module whose code really runs, whatever `functools.wraps` says: a kernel would leave the wrapper's out."""
     return getattr(function, "__globals__", {}).get("__name__") or type(function).__module__
 
 

@@ -133,7 +133,7 @@ _GATE_OF_CLASS = {
     ("transformers.activations", "GELUTanh"): _GEGLU_TANH,
     ("transformers.activations", "GELUActivation"): _GEGLU,
 }
-"""By the class that an activation is an instance of, which may be another one tomorrow than the config names."""
+"""By the class of the activation object, because a module may later hold another than its config names."""
 
 
 def _is_replaced(act_fn: Any) -> bool:

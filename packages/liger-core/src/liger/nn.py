@@ -20,7 +20,8 @@ __all__ = ["GEGLU", "CrossEntropyLoss", "LayerNorm", "LinearCrossEntropyLoss", "
 class RMSNorm(nn.Module):
     """`liger.ops.rms_norm` over the last dimension, with the weight as its parameter.
 
-    With `offset=1.0` (Gemma) the weight starts at zeros, else at ones: the scale starts at 1 in both.
+    Gemma's norm is `offset=1.0, cast="gemma"`. With that offset the weight starts at zeros, else at ones: the scale
+    starts at 1 in both.
     """
 
     weight: nn.Parameter | None
@@ -123,7 +124,7 @@ class SwiGLU(_GatedMLP):
 
 
 class GEGLU(_GatedMLP):
-    """The MLP of Gemma: down_proj(gelu(gate_proj(x)) · up_proj(x))."""
+    """The MLP of Gemma: down_proj(gelu(gate_proj(x)) · up_proj(x)); gelu by tanh, unless `approximate="none"`."""
 
     def __init__(
         self, hidden_size: int, intermediate_size: int, *, bias: bool = False, approximate: Approximate = "tanh",
@@ -172,9 +173,9 @@ class CrossEntropyLoss(_Loss):
     ) -> None:  # fmt: skip
         super().__init__(ignore_index, label_smoothing, z_loss, softcap, logit_scale, reduction)
 
-    def forward(self, logits: Tensor, target: Tensor) -> Tensor:
-        """The loss of (..., V) logits against (...) labels."""
-        return cross_entropy(logits, target, **self.options())
+    def forward(self, logits: Tensor, target: Tensor, denominator: float | Tensor | None = None) -> Tensor:
+        """The loss of (..., V) logits against (...) labels; a denominator replaces their number."""
+        return cross_entropy(logits, target, denominator=denominator, **self.options())
 
 
 class LinearCrossEntropyLoss(_Loss):

@@ -1,4 +1,4 @@
-"""Whether an optimizer has changed a parameter since, also one that writes past autograd's version counter.
+"""Whether an optimizer has changed a parameter since a given moment, even where autograd's version counter misses it.
 
 Optimizers with kernels of their own (bitsandbytes' 8-bit ones, torch's fused ones) write through pointers or `.data`,
 which counts no version. All of them are a `torch.optim.Optimizer`, whose steps torch lets one watch.
@@ -51,9 +51,10 @@ class StepsSince:
         return _steps > self._then
 
     def changed(self, got_gradients: bool) -> bool:
-        """Whether one that holds a parameter has; or any, if `got_gradients` and none that we know of holds it.
+        """Whether an optimizer that holds one of the parameters has made one.
 
-        Then it may hold a shard of it, or a copy in fp32.
+        If they `got_gradients` and no known optimizer holds them, any step counts: of one that holds a shard, or a copy
+        in fp32.
         """
         alive = {id(p) for ref in self._parameters if (p := ref()) is not None and p.requires_grad}
         with _lock:

@@ -147,7 +147,7 @@ def apply(
     Raises:
         TypeError: `model` is no `torch.nn.Module`, or `skip` is one string.
         ValueError: `loss` is unknown, a kernel that was asked for can be applied nowhere, or a pattern of `skip`
-            matches no module that would be swapped.
+            matches no module that a kernel is meant for.
         liger.NoAdapterError: no installed adapter knows the model; the message says what to install.
         liger.VersionRangeError: the installed transformers or liger-core is outside the adapter's range.
         liger.AdapterConflictError: two installed packages claim the same model.

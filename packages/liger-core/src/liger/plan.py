@@ -110,7 +110,7 @@ def plan(model: nn.Module, adapters: Iterable[Adapter], switches: Switches = DEF
         is an error in `apply` only; here it stands among the declined.
 
     Raises:
-        ValueError: a pattern of `skip` matches nothing that would be swapped or declined.
+        ValueError: a pattern of `skip` matches no module that a kernel is meant for.
     """
     found = Plan(_model=weakref.ref(model))
     planned: dict[nn.Module, type[nn.Module]] = {}
@@ -125,7 +125,7 @@ def plan(model: nn.Module, adapters: Iterable[Adapter], switches: Switches = DEF
     names = {*found.already, *(s.name for s in found.swapped), *(d.name for d in found.declined)}
     for pattern in switches.skip:
         if not any(matches(name, pattern) for name in names):
-            raise ValueError(f"liger.apply: skip={pattern!r} matches no module that would be swapped")
+            raise ValueError(f"liger.apply: skip={pattern!r} matches no module that a kernel is meant for")
     return found
 
 

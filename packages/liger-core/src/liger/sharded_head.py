@@ -1,4 +1,4 @@
-"""A head of whose weight other processes hold a part: what tensor parallelism and FSDP make of it.
+"""A head whose weight is sharded over processes, by tensor parallelism or FSDP.
 
 Tensor parallelism leaves a rank its rows of the weight, for good: the weight is a DTensor. Torch's `parallelize_module`
 hands the head a replicated DTensor, by a hook. Transformers puts a forward of its own on the instance, which looks past

@@ -133,7 +133,7 @@ def head_class(base: Any, spec: CausalLM) -> type[nn.Module]:
 @functools.cache
 def parallel_head_class(base: Any, spec: CausalLM) -> type[nn.Module]:
     """The same where the instance has a forward of transformers' tensor parallelism."""
-    return _subclass(base, spec.parallel_head_members(base), (parallel_head_class, base, spec), lambda _: FUSED)
+    return _subclass(base, spec.parallel_head_members(), (parallel_head_class, base, spec), lambda _: FUSED)
 
 
 @functools.cache

@@ -52,7 +52,7 @@ class Verification:
     Attributes:
         subject: the model, its dtype and device.
         compared: the loss and the gradient of every trainable parameter, the farthest off (in its rounding) first.
-        suspects: the swapped parts that make a difference by themselves. None where only several together do.
+        suspects: the swapped parts that make a difference by themselves. Empty where only several together do.
         unreached: names of swapped modules that the inputs never reach, which are not verified therefore.
         repeated: whether a first batch of tokens differed and a second did not: near-ties, as in a router, do that.
     """
@@ -70,7 +70,7 @@ class Verification:
 
     @property
     def ok(self) -> bool:
-        """Whether nothing is."""
+        """Whether rounding explains the loss and every gradient."""
         return not self.differing
 
     def __str__(self) -> str:

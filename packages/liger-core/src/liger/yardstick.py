@@ -4,7 +4,7 @@ In bf16, through dozens of layers, two equally exact computations lie percents a
 it is measured on the model itself, as Monte Carlo arithmetic does: stock's step runs again while some modules' outputs,
 and the gradients that come back into them, are multiplied by 1 + ε r, with r from {−1, 0, 1} at random, which is
 another rounding of each element. What this moves a gradient by is stock's own rounding. Kernels that round as well as
-the code that they stand for stay at 0.2 to 0.6 of it in nearly every gradient of the five families' models, in fp32,
+the code that they stand for stay at 0.2 to 0.6 of it in nearly every gradient of the families' models, in fp32,
 bf16 and fp16; single numbers, where luck decides, now and then above 1.
 """
 

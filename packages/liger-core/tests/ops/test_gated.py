@@ -185,12 +185,12 @@ def test_other_strides(device, path, op, case):
     check(op, gate, up, dy.expand(4, 6, 32).reshape(-1)[: gate.numel()].view(gate.shape))
 
 
-def test_the_tanh_gelus_slope_keeps_its_digits_where_it_is_near_one(device, path):
+def test_the_tanh_gelus_derivative_keeps_its_digits_where_it_is_near_one(device, path):
     gate = torch.linspace(3, 6, 999, device=device, requires_grad=True)
     (dgate,) = torch.autograd.grad(geglu(gate, torch.ones_like(gate)).sum(), gate)
     exact = gate.detach().double().requires_grad_()
-    (slope,) = torch.autograd.grad(F.gelu(exact, approximate="tanh").sum(), exact)
-    assert relative_error(dgate, slope) < (1e-7 if path == "kernel" else 4e-7)
+    (derivative,) = torch.autograd.grad(F.gelu(exact, approximate="tanh").sum(), exact)
+    assert relative_error(dgate, derivative) < (1e-7 if path == "kernel" else 4e-7)
 
 
 def test_extreme_gates_are_finite_and_exact(device, path, op):

@@ -10,7 +10,8 @@ of their own. RecurrentGemma rotates half of each head.
 
 The logits are capped by `final_logit_softcapping`, where it is not None; Gemma has no cap, RecurrentGemma calls it
 `logits_soft_cap`, T5Gemma has it in its decoder's config, and does not shift its labels. Of the models that take more
-than text, Gemma 3's does not apply the cap, and Gemma 3n's keeps its own loss; the towers keep their own code.
+than text, Gemma 3's does not apply the cap, and Gemma 3n's keeps its own loss; the towers keep their own
+code, but for norms of the language model's class.
 """
 
 from liger.adapter import Adapter

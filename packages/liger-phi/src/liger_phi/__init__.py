@@ -56,6 +56,7 @@ phi4_multimodal = Adapter(
         "Phi4MultimodalRMSNorm": RMSNorm(eps="variance_epsilon"),
         "Phi4MultimodalMLP": FusedGatedMLP(act="hidden_act", act_fn="activation_fn"),
         "Phi4MultimodalAudioMLP": Stock(kind="mlp", reason="is the tower's for sound, and gates by its second half"),
+        "nn.LayerNorm": Stock(kind="norm", reason="is a tower's"),
         "Phi4MultimodalAudioMeanVarianceNormLayer": Stock(kind="norm", reason="shifts and scales by two constants"),
     },
     functions={"apply_rotary_pos_emb": rotary},

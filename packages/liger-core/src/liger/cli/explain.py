@@ -146,7 +146,7 @@ def _by_kind(data: dict[str, Any]) -> list[str | Table]:
             page.append(Table(("part", "modules", "class", title), rows, numbers=frozenset({"modules"})))
     untouched = Counter(module["class"] for module in data["untouched"])
     rest = ", ".join(f"{count} {cls}" for cls, count in untouched.most_common())
-    return [*page, f"As they are, {_NO_KERNEL}: {rest}."]
+    return [*page, f"Left as they are, {_NO_KERNEL}: {rest}."]
 
 
 def _by_module(model: nn.Module, data: dict[str, Any]) -> Table:

@@ -116,7 +116,7 @@ def cpo_loss(
         rejected_log_probs: (B,), those over the rejected ones.
         chosen_nll: one number, the `mean_nll` of the chosen tokens.
         beta: scale of the margin.
-        alpha: weight of chosen_nll, TRL's `cpo_alpha`. With 0 chosen_nll is not read.
+        alpha: weight of chosen_nll, TRL's `cpo_alpha`. With 0 its value has no part in the loss.
         label_smoothing: ε, the probability that a pair is the wrong way round.
 
     Raises:

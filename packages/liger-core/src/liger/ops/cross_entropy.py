@@ -218,8 +218,9 @@ def cross_entropy(
     Raises:
         IndexError: a label on the CPU is out of range. On a GPU, where the host must not wait to look, the kernel
             prints such a label, and the loss and the gradient of its row are NaN.
-        ValueError: target's shape or device, reduction, denominator, softcap, logit_scale or label_smoothing is wrong.
-        TypeError: logits are not floating-point, or target is not int64 or int32.
+        ValueError: target's shape or device, reduction, denominator, softcap, logit_scale or label_smoothing is wrong,
+            ignore_index does not fit target's dtype, or an option is a tensor that requires a gradient.
+        TypeError: logits are not floating-point, target is not int64 or int32, or ignore_index is no int.
     """
     options = checked_options("cross_entropy", ignore_index, label_smoothing, z_loss, softcap, logit_scale)
     if not logits.is_floating_point():

@@ -6,8 +6,8 @@ All in fp32, rounded once. Nothing but gate and up is kept: backward computes φ
 traffic. The formulas of each φ stand in `swiglu` and `geglu`.
 
 A contiguous tensor is one long row here. The two halves of one projection (Phi3's `gate_up.chunk(2, -1)`) are rows with
-a stride, read where they lie. Given as one tensor, "joined", they get one gradient, written where it belongs: of two
-autograd would make one, for half as many bytes again.
+a stride, read where they lie. Given as one tensor, "joined", they get one gradient. Two would have to be put together
+by autograd, which moves half as many bytes again.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def _activate(x, ACTIVATION: tl.constexpr):
     if ACTIVATION == "gelu":
         cdf = 0.5 * (1.0 + tl.math.erf(x * 0.7071067811865476))
         value = x * cdf
-        slope = cdf + x * tl.exp(-0.5 * x * x) * 0.3989422804014327
+        derivative = cdf + x * tl.exp(-0.5 * x * x) * 0.3989422804014327
     elif ACTIVATION == "gelu_tanh":
         # ½ · (1 + tanh(u / 2)) = sigmoid(u), which overflows nowhere and is exact where tanh is near −1.
         u = x * (1.5957691216057308 + 0.07135481627260025 * x * x)
@@ -41,12 +41,12 @@ def _activate(x, ACTIVATION: tl.constexpr):
         # 1 − s, whose digits a difference would lose where s is near 1; where s is 0, e may be infinite
         rest = tl.where(u < -80.0, 1.0, e * s)
         value = x * s
-        slope = s + value * rest * (1.5957691216057308 + 0.21406444881780076 * x * x)
+        derivative = s + value * rest * (1.5957691216057308 + 0.21406444881780076 * x * x)
     else:
         s = tl.sigmoid(x)
         value = x * s
-        slope = s + value * (1.0 - s)
-    return value, slope
+        derivative = s + value * (1.0 - s)
+    return value, derivative
 
 
 @jit(varying=())
@@ -64,10 +64,10 @@ def _backward_block(
 ):  # fmt: skip
     inside = column < columns if MASKED else None
     g = tl.load(dout + column, mask=inside).to(tl.float32)
-    value, slope = _activate(tl.load(gate + column, mask=inside).to(tl.float32), ACTIVATION)
+    value, derivative = _activate(tl.load(gate + column, mask=inside).to(tl.float32), ACTIVATION)
     if NEEDS_DGATE:
         u = tl.load(up + column, mask=inside).to(tl.float32)
-        tl.store(dgate + column, (g * u * slope).to(dgate.dtype.element_ty), mask=inside)
+        tl.store(dgate + column, (g * u * derivative).to(dgate.dtype.element_ty), mask=inside)
     if NEEDS_DUP:
         tl.store(dup + column, (g * value).to(dup.dtype.element_ty), mask=inside)
 

@@ -5,7 +5,7 @@ With Φ the normal distribution function and φ its density, for `approximate="n
     y     = gate · Φ(gate) · up
     dgate = dy · up · (Φ(gate) + gate · φ(gate))        dup = dy · gate · Φ(gate)
 
-and for "tanh" with Φ(x) ≈ s(x) = ½ · (1 + tanh(√(2/π) · (x + 0.044715 x³))), whose slope stands in φ's place.
+and for "tanh" with Φ(x) ≈ s(x) = ½ · (1 + tanh(√(2/π) · (x + 0.044715 x³))), whose derivative stands in φ's place.
 
 gate, up and y have one shape and dtype. All of it runs in fp32 and is rounded once; the kernels are in `gated`.
 """

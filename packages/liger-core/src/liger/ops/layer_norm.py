@@ -196,7 +196,7 @@ def layer_norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = No
         (..., N), in x's dtype.
 
     Raises:
-        ValueError: `weight` or `bias` has another shape or device than x's last dimension.
+        ValueError: `x` has no dimension, or `weight` or `bias` another shape or device than its last one.
         TypeError: `x`, `weight` or `bias` is not a floating-point tensor.
     """
     if not x.is_floating_point():

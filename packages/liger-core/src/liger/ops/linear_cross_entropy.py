@@ -176,9 +176,11 @@ def linear_cross_entropy(
 
     Raises:
         IndexError: a label on the CPU is out of range; on a GPU its loss is NaN (see `cross_entropy`).
-        ValueError: shapes or devices do not fit, or the weight holds no data of its own: it is a DTensor, or ZeRO-3
-            has partitioned it. Call this in the forward of the module that owns the weight, where it is whole.
-        TypeError: input, weight and bias have different dtypes without autocast, or are not floating-point.
+        ValueError: shapes or devices do not fit, an option is wrong as in `cross_entropy`, accum_dtype is neither
+            the weight's dtype nor fp32, or the weight holds no data of its own: it is a DTensor, or ZeRO-3 has
+            partitioned it. Call this in the forward of the module that owns the weight, where it is whole.
+        TypeError: input, weight and bias have different dtypes without autocast, or are not floating-point; target or
+            ignore_index is wrong as in `cross_entropy`.
     """
     op = "linear_cross_entropy"
     options = checked_options(op, ignore_index, label_smoothing, z_loss, softcap, logit_scale)

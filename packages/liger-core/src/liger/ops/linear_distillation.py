@@ -203,10 +203,11 @@ def linear_distillation(
         fp32 (fp64 for fp64 inputs): a scalar, or with reduction "none" (...), 0 where the row does not count.
 
     Raises:
-        ValueError: beta, temperature, a scale or a softcap is out of range, shapes or devices do not fit, or a weight
-            holds no data of its own: it is a DTensor, or ZeRO-3 has partitioned it.
+        ValueError: beta, temperature, a scale or a softcap is out of range, reduction, denominator or accum_dtype is
+            wrong, shapes or devices do not fit, or a weight holds no data of its own: it is a DTensor, or ZeRO-3 has
+            partitioned it.
         TypeError: input, weight and bias of one side have different dtypes without autocast, or are not
-            floating-point.
+            floating-point; target is not int64 or int32, or ignore_index is no int.
 
     Example:
         >>> hidden, weight = torch.randn(2, 5, 16, requires_grad=True), torch.randn(100, 16)

@@ -181,7 +181,8 @@ def linear_log_prob(
         ValueError: temperature, softcap or logit_scale is out of range, shapes or devices do not fit, or the weight
             holds no data of its own: it is a DTensor, or ZeRO-3 has partitioned it. Call this in the forward of the
             module that owns the weight, where it is whole.
-        TypeError: input, weight and bias have different dtypes without autocast, or are not floating-point.
+        TypeError: input, weight and bias have different dtypes without autocast, or are not floating-point; target is
+            not int64 or int32, or ignore_index is no int.
 
     Example:
         >>> hidden, weight = torch.randn(2, 5, 16, requires_grad=True), torch.randn(100, 16)

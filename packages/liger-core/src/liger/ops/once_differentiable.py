@@ -1,4 +1,4 @@
-"""Of a backward that has no derivative: a second one raises, it is never taken to be zero.
+"""A backward that cannot be differentiated again: a second derivative raises instead of counting as zero.
 
 torch's decorator of that name refuses only where the upstream gradient has a graph. That of a loss is a constant, and
 what a gradient penalty adds would be left out in silence. So would the gradient of chosen tensors, since autograd only

@@ -13,9 +13,9 @@ s · x̂, as `rms_norm`; at the end y, to the promoted dtype of that and cos, as
 Only the inputs are kept; backward computes r and x̂ again. The weights' gradients are summed by a fixed number of
 programs, each over its own tokens, and then over the programs, q's and k's at once: see `column_sums`.
 
-q and k are read where they lie, whatever their strides. Results have their shapes, and in memory always the heads of a
-token side by side, (B, S, H, D): so the projections write q and k and read their gradients, and so attention, torch's
-and FlashAttention's alike, reads them, as a transposed view or as they are, without a copy.
+q and k may have any strides. The results have their shapes, and lie in memory as (B, S, H, D), the heads of a token
+side by side. That is how projections write q and k and read their gradients, and how attention reads them, torch's as a
+transposed view and FlashAttention as they are: nothing is copied.
 """
 
 from __future__ import annotations

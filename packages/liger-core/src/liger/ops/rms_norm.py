@@ -216,7 +216,7 @@ def rms_norm(
         (..., N), in x's dtype; with `cast="llama"` in the promoted dtype of x and weight.
 
     Raises:
-        ValueError: `weight` has another shape or device than x's last dimension, or `cast` is unknown.
+        ValueError: `x` has no dimension, `weight` another shape or device than its last one, or `cast` is unknown.
         TypeError: `x` or `weight` is not a floating-point tensor.
     """
     check(x, weight, cast, "rms_norm")

@@ -163,8 +163,9 @@ def vocab_parallel_linear_cross_entropy(
 
     Raises:
         IndexError: a label on the CPU is out of range; on a GPU its loss is NaN.
-        ValueError: the weight is no such DTensor, reduction is "none", or shapes or devices do not fit.
-        TypeError: input, weight and bias have different dtypes without autocast, or are not floating-point.
+        ValueError: the weight is no such DTensor, reduction is "none", shapes or devices do not fit, or an option is
+            wrong as in `linear_cross_entropy`.
+        TypeError: as `linear_cross_entropy`.
     """
     op = "vocab_parallel_linear_cross_entropy"
     reason = sharding_declines(linear_weight, linear_bias)

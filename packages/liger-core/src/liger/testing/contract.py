@@ -160,6 +160,16 @@ class AdapterContract:
             message = f"{name} ({cls} → {runs}) does not follow a number of its module: {{}}".format
             torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-4, msg=message)
 
+    def test_each_number_of_the_language_model_counts(self, device: torch.device) -> None:
+        """A scale of the logits that is 1 in the config hides nothing that the adapter's head forgets."""
+        stock, patched = self.model(device), self.model(device)
+        read = inspect.unwrap(type(stock).forward).__code__.co_names
+        self.apply(patched)
+        for model in (stock, patched):
+            for owner in (model, model.config, model.config.get_text_config()):
+                disturb_numbers(owner, read)
+        assert_same_step(patched, stock, in_fp64(stock), self.inputs(stock))
+
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
     def test_loss_and_gradients(self, device: torch.device, path: str, dtype: torch.dtype) -> None:
         stock, patched = self.model(device, dtype), self.model(device, dtype)

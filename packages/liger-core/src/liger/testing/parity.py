@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import UserDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
@@ -63,15 +63,16 @@ def recorded_calls(model: Any, methods: Mapping[str, str], inputs: dict[str, Ten
     return calls
 
 
-def numbers_of(module: nn.Module) -> list[str]:
-    """The attributes of a module that are floats: an epsilon, a multiplier, a dropout's probability."""
-    return [name for name, value in vars(module).items() if isinstance(value, float)]
+def numbers_of(owner: Any) -> list[str]:
+    """The attributes of a module or a config that are floats: an epsilon, a multiplier, a dropout's probability."""
+    return [name for name, value in vars(owner).items() if isinstance(value, float)]
 
 
-def disturb_numbers(module: nn.Module) -> None:
-    """Set them to values, no two alike, that hide nothing, as a multiplier of 1 or a dropout of 0 does."""
-    for place, name in enumerate(numbers_of(module)):
-        setattr(module, name, 0.3 + place / 20)
+def disturb_numbers(owner: Any, among: Collection[str] | None = None) -> None:
+    """Set them, or those `among` names, to values, no two alike, that hide nothing, as 1 of a multiplier does."""
+    for place, name in enumerate(numbers_of(owner)):
+        if among is None or name in among:
+            setattr(owner, name, 0.3 + place / 20)
 
 
 def run(module: nn.Module, method: str, args: Any, kwargs: Any) -> list[Tensor | None]:

@@ -102,7 +102,7 @@ def _gpu_memory_given_back() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def _kernels_of_any_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a GPU, what a test has few of would not go through the kernels, which are what tests are about."""
+    """On a GPU, small inputs go to torch's own code: not in tests, which are about the kernels."""
     if HAS_GPU:
         importlib.import_module("liger.ops")
         monkeypatch.setattr(sys.modules["liger.ops.linear_cross_entropy"], "FEW_LOGITS", 0)

@@ -21,7 +21,8 @@ TINY: dict[str, Any] = {
     "eos_token_id": 2,
     "attn_implementation": "eager",
 }
-"""Config values that every family understands; odd on purpose: no size is a power of two where it need not be."""
+"""Config values that every family understands, odd on purpose: vocabulary, hidden and intermediate sizes are no powers
+of two, and head_dim is not hidden_size / num_attention_heads."""
 
 
 def build(cls: type[nn.Module], config: Any, device: torch.device, dtype: torch.dtype = torch.float32) -> Any:

@@ -11,6 +11,8 @@ from torch import nn
 
 from liger.adapter import Adapter, Kind
 
+_NORMS = (nn.LayerNorm, nn.RMSNorm)
+
 
 def looks_like(module: nn.Module) -> Kind | None:
     """Which kind of kernel a module has the look of: by its class's name, its children, its methods."""
@@ -42,6 +44,10 @@ def unnamed(adapter: Adapter, model: nn.Module) -> Iterator[str]:
         if kind and cls.__module__ == adapter.modeling and not named:
             what = f"modules lacks {cls.__name__}, which has the look of {kind}"
             yield f"{what}: name the Layer that computes what it does, or Stock({kind!r}, reason)"
+    ours = [module for module in modules if type(module).__module__ == adapter.modeling]
+    norms = {type(child).__name__ for module in ours for child in module.children() if type(child) in _NORMS}
+    for name in sorted({f"nn.{norm}" for norm in norms} - set(adapter.modules)):
+        yield f"modules lacks {name}, which classes of the file hold: name its Layer, or Stock('norm', reason)"
     for name in sorted(rotary_functions(adapter.module(), modules) - set(adapter.functions)):
         yield f"functions lacks {name}, which a forward calls: name the op that computes what it does, or the reason"
     if type(model).__name__ not in {head.model for head in adapter.heads}:
