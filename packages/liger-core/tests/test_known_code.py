@@ -7,8 +7,16 @@ import functools
 import pytest
 import torch
 from torch import nn
+from transformers.loss import loss_utils
 from transformers.models.llama import modeling_llama
-from transformers.models.llama.modeling_llama import LlamaAttention, LlamaForCausalLM, LlamaMLP, LlamaRMSNorm
+from transformers.models.llama.modeling_llama import (
+    LlamaAttention,
+    LlamaForCausalLM,
+    LlamaMLP,
+    LlamaModel,
+    LlamaRMSNorm,
+)
+from transformers.utils import ModelOutput
 
 from adapted_models import LLAMA, llama
 from liger.patch import apply_adapters
@@ -115,3 +123,43 @@ def test_a_hook_on_an_activation_is_called_by_the_model_and_by_nobody_else(devic
     assert not calls
     model(**inputs).loss.backward()
     assert calls == [kind]
+
+
+def halved(result):
+    if isinstance(result, torch.Tensor):
+        return result * 0.5
+    if isinstance(result, ModelOutput):
+        return type(result)(**{name: halved(value) for name, value in result.items()})
+    return tuple(map(halved, result)) if isinstance(result, tuple) else result
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize(
+    ("place", "name"),
+    [
+        *(
+            (cls, "forward")
+            for cls in (LlamaForCausalLM, LlamaModel, LlamaAttention, LlamaMLP, LlamaRMSNorm, nn.Linear)
+        ),
+        *((modeling_llama, function) for function in ("eager_attention_forward", "apply_rotary_pos_emb")),
+        (loss_utils, "fixed_cross_entropy"),
+        (torch.nn.functional, "cross_entropy"),
+    ],
+    ids=lambda place: getattr(place, "__name__", place),
+)
+@pytest.mark.filterwarnings("ignore:liger. .* holds .*, so the model's own loss runs")
+def test_what_is_replaced_after_apply_runs_too(device, monkeypatch, place, name, recompute):
+    stock, patched = llama(device), llama(device)
+    assert not apply_adapters(patched, [LLAMA], recompute=recompute).declined
+    inputs, own = batch(99, device), getattr(place, name)
+    before = patched(**inputs).loss
+
+    def replacement(*args, **kwargs):
+        return halved(own(*args, **kwargs))
+
+    with monkeypatch.context() as context:
+        context.setattr(place, name, replacement)
+        losses = [model(**inputs).loss for model in (stock, patched)]
+        torch.testing.assert_close(*losses, rtol=1e-5, atol=1e-5)
+        assert not torch.isclose(losses[1], before, rtol=1e-4)
+    torch.testing.assert_close(patched(**inputs).loss, before, rtol=1e-5, atol=1e-5)

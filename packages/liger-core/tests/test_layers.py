@@ -9,6 +9,7 @@ from typing import ClassVar
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import Phi3Config, PhiConfig, T5GemmaConfig, T5GemmaModuleConfig
 from transformers.activations import ACT2FN
 from transformers.models.mixtral.modeling_mixtral import MixtralForCausalLM
@@ -19,7 +20,7 @@ from transformers.models.t5gemma.modeling_t5gemma import T5GemmaForConditionalGe
 from adapted_models import LLAMA, MIXTRAL, llama, mixtral, mixtral_config
 from liger.adapter import Adapter
 from liger.causal_lm import CausalLM
-from liger.layers import Experts, FusedGatedMLP, GatedMLP, LayerNorm, Stock
+from liger.layers import Experts, FusedGatedMLP, GatedMLP, LayerNorm, RMSNorm, Stock
 from liger.patch import apply_adapters
 from liger.testing import TINY, AdapterContract
 from liger.testing.parity import assert_same_step, in_fp64
@@ -197,6 +198,24 @@ def test_a_norm_with_one_weight_for_all_columns_is_declined(device, shape):
     model.model.norm.weight = nn.Parameter(torch.full(shape, 2.0, device=device))
     reasons = {d.name: d.reason for d in apply_adapters(model, [LLAMA]).declined}
     assert reasons == {"model.norm": "its weight is one number for all columns"}
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize(("cls", "layer"), [(nn.LayerNorm, LayerNorm()), (nn.RMSNorm, RMSNorm(cast="gemma"))])
+def test_a_norm_of_torchs_returns_what_it_does_under_autocast(autocast, dtype, cls, layer):
+    """On a GPU: fp32. There need not be one."""
+    was = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
+    try:
+        torch.set_autocast_enabled("cuda", autocast)
+        torch.set_autocast_dtype("cuda", torch.bfloat16)
+        with FakeTensorMode(), torch.no_grad():
+            module = cls(8, eps=1e-5, device="cuda", dtype=torch.float32 if autocast else dtype)
+            x = torch.empty(4, 8, device="cuda", dtype=dtype)
+            assert layer.forward(module, x).dtype == module(x).dtype
+    finally:
+        torch.set_autocast_enabled("cuda", was[0])
+        torch.set_autocast_dtype("cuda", was[1])
 
 
 def test_layer_norm_of_a_bare_module_is_not_touched(device):

@@ -33,7 +33,11 @@ def made():
         with torch.enable_grad():
             return leaf * 2
 
-    return LazyLogits(compute, torch.Size((2, 3)), torch.float32, torch.device("cpu"), True), calls, leaf
+    def detached():
+        calls.append(1)
+        return leaf.detach() * 2
+
+    return LazyLogits(compute, torch.Size((2, 3)), torch.float32, torch.device("cpu"), detached), calls, leaf
 
 
 def test_metadata_and_unasked_conversions_compute_nothing(made):
@@ -129,6 +133,19 @@ def test_once_read_they_hold_nothing_but_the_values(made):
     assert held() is not None
     lazy + 0
     assert held() is None
+
+
+@pytest.mark.parametrize(
+    "detached", [torch.Tensor.detach, lambda x: x.float().detach(), lambda x: x.detach().float()], ids=range(3)
+)
+def test_what_is_detached_holds_no_graph_and_outlives_it(detached):
+    leaf = torch.arange(6.0).view(2, 3).requires_grad_()
+    compute = functools.partial(torch.mul, leaf, 2)  # holds the hidden states and their graph
+    lazy = LazyLogits(compute, leaf.shape, leaf.dtype, leaf.device, lambda: leaf.detach() * 2)
+    kept, graph = detached(lazy), weakref.ref(compute)
+    del compute, lazy
+    assert graph() is None
+    assert torch.equal(kept + 0, leaf.detach() * 2)
 
 
 def test_gradients_reach_what_the_logits_came_from(made):

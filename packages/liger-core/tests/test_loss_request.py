@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
+import weakref
 
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from liger.lazy_logits import LazyLogits
 from liger.testing import TINY, assert_as_exact_as
@@ -35,6 +38,30 @@ def test_logits_first_read_without_gradients_still_have_them(pair, inputs):
     with torch.no_grad():
         outputs.logits.argmax(-1)
     assert (outputs.logits + 0).requires_grad
+
+
+def test_logits_that_were_detached_do_not_keep_the_graph(pair, inputs):
+    stock, patched = pair
+    hidden = []
+    patched.model.norm.register_forward_hook(lambda module, args, output: hidden.append(weakref.ref(output)))
+    kept = patched(**inputs).logits.float().detach()
+    gc.collect()
+    assert hidden[0]() is None
+    torch.testing.assert_close(kept + 0, stock(**inputs).logits)
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_logits_may_be_what_a_checkpoint_is_given(pair, inputs, use_reentrant):
+    def loss(logits):
+        return torch.nn.functional.cross_entropy(logits.flatten(0, 1), inputs["labels"].flatten())
+
+    gradients = []
+    for model, read in zip(pair, (0, 0 if use_reentrant else None), strict=True):
+        logits = model(**inputs).logits
+        logits = logits if read is None else logits + read
+        checkpoint(loss, logits, use_reentrant=use_reentrant).backward()
+        gradients.append(model.lm_head.weight.grad)
+    torch.testing.assert_close(*gradients)
 
 
 @pytest.mark.parametrize("changed", ["weight", "bias"])

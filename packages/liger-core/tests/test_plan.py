@@ -8,6 +8,7 @@ import re
 import pytest
 import torch
 from torch import nn
+from transformers import InstructBlipConfig, InstructBlipForConditionalGeneration
 from transformers.models.llama.modeling_llama import LlamaForCausalLM
 
 from adapted_models import LLAMA, llama
@@ -85,6 +86,28 @@ def test_everything_can_be_skipped(model):
     before = classes(model)
     assert not apply(model, skip=["*"]).swapped
     assert classes(model) == before
+
+
+def test_a_model_that_asks_a_language_model_for_its_logits_has_a_loss_of_its_own(caplog):
+    vision = {
+        "hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28,
+        "patch_size": 14,
+    }  # fmt: skip
+    qformer = {name: vision[name] for name in ("hidden_size", "intermediate_size", "num_hidden_layers")}
+    config = InstructBlipConfig(
+        vision_config=vision,
+        qformer_config={**qformer, "num_attention_heads": 2, "encoder_hidden_size": 32, "vocab_size": 50},
+        text_config={**TINY, "model_type": "llama"},
+        num_query_tokens=4,
+        image_token_index=95,
+    )
+    patch = apply(InstructBlipForConditionalGeneration(config))
+    (declined,) = (declined for declined in patch.declined if declined.kind == "loss")
+    assert declined.cls == "InstructBlipForConditionalGeneration"
+    assert declined.reason == "no adapter names this class, so that its loss takes the whole logits"
+    assert "the head and its loss are not fused" in caplog.text
+    with pytest.raises(ValueError, match="loss='linear' was asked for and can be applied nowhere: InstructBlipFor"):
+        apply(InstructBlipForConditionalGeneration(config), loss="linear")
 
 
 def test_a_pattern_finds_the_modules_inside_a_wrapper(model):

@@ -7,7 +7,6 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from adapted_models import llama
-from liger.ops import launch
 from liger.testing.tiny import batch
 from recomputing import LAYERS, TOKENS, WIDTH, H, apply, assert_equal, kept, pair, step
 
@@ -97,9 +96,8 @@ def test_hooks_of_the_user_see_all_that_they_saw(device):
     assert_equal(seen[0][1], seen[1][1])
 
 
-def test_torch_func(device, monkeypatch):
+def test_torch_func(device, path):
     """Its transforms allow no hooks, and the kernels' Functions no transform."""
-    monkeypatch.setattr(launch, "enabled", False)
     results = []
     for model in pair(device):
         parameters = {name: p.detach() for name, p in model.model.named_parameters()}

@@ -6,11 +6,13 @@ from typing import ClassVar
 
 import pytest
 import torch
-from transformers import Llama4TextConfig
+from transformers import Llama4Config, Llama4TextConfig
 from transformers.models.llama4 import modeling_llama4
 
 import liger
+from liger.lazy_logits import LazyLogits
 from liger.testing import TINY, AdapterContract
+from liger.testing.parity import assert_same_step, in_fp64
 from liger.testing.tiny import batch, build
 from liger_llama import apply_liger_kernel_to_llama4, llama4
 
@@ -75,3 +77,32 @@ def test_the_activation_of_experts_is_their_own_though_it_changes_later(device, 
         if hooked:
             experts.act_fn.register_forward_hook(lambda module, args, output: 2 * output)
     torch.testing.assert_close(patched(**inputs).loss, stock(**inputs).loss, rtol=1e-4, atol=1e-4)
+
+
+VISION = {
+    "hidden_size": 32, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28,
+    "patch_size": 14, "vision_output_dim": 64, "projector_input_dim": 64, "projector_output_dim": 64,
+}  # fmt: skip
+
+
+def test_the_model_that_takes_images(device):
+    config = Llama4Config(
+        vision_config=VISION,
+        text_config={name: value for name, value in CONFIG.items() if name != "attn_implementation"},
+        image_token_index=95,
+        attn_implementation="eager",
+    )
+    stock, patched = (build(modeling_llama4.Llama4ForConditionalGeneration, config, device) for _ in range(2))
+    inputs = batch(90, device)
+    inputs["input_ids"][:, 2] = 95
+    inputs["pixel_values"] = torch.randn(2, 3, 28, 28, device=device)
+    try:
+        stock(**inputs)
+    except AttributeError as error:
+        pytest.skip(f"transformers' own forward fails: {error}")
+    patch = apply_liger_kernel_to_llama4(patched)
+    assert {declined.kind for declined in patch.declined} == {"rope"}
+    assert isinstance(patched(**inputs).logits, LazyLogits)
+    assert_same_step(patched, stock, in_fp64(stock), inputs)
+    patch.undo()
+    assert type(patched.language_model.lm_head) is torch.nn.Linear

@@ -24,6 +24,7 @@ from operator import attrgetter
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
@@ -65,11 +66,8 @@ class CausalLM:
         loss_function = getattr(model, "loss_function", None)
         if loss_function is not stock_loss_of(self.loss):
             return f"its loss function is {getattr(loss_function, '__qualname__', loss_function)}, not {self.loss}"
-        from transformers.loss import loss_utils
-
-        for function in (self.loss, "fixed_cross_entropy"):  # the one calls the other
-            if reason := foreign_global(loss_utils, function):
-                return reason
+        if reason := self._foreign_loss():
+            return reason
         try:
             after = self.after_head(model)
         except AttributeError as error:
@@ -82,6 +80,13 @@ class CausalLM:
         if after.softcap is not None and not 0 < after.softcap < math.inf:
             return f"its {self.softcap} is {after.softcap}, not a positive number"
         return None
+
+    def _foreign_loss(self) -> str | None:
+        """Why transformers' loss is another than it was written, or None: each of these calls the next."""
+        from transformers.loss import loss_utils
+
+        chain = ((loss_utils, self.loss), (loss_utils, "fixed_cross_entropy"), (F, "cross_entropy"))
+        return next(filter(None, (foreign_global(*function) for function in chain)), None)
 
     def _softcap_declines(self, model: nn.Module) -> str | None:
         """Why the model may not apply the softcap that `softcap` says, or may apply one that it does not, or None."""
@@ -149,6 +154,9 @@ class CausalLM:
             labels = args[position] if len(args) > position else kwargs.get("labels")
             if labels is None or stock_loss.fget(self) is not known_loss:
                 return None
+            if not torch.compiler.is_compiling() and (reason := spec._foreign_loss()):
+                _warn(f"{reason}, so the model's own loss runs")
+                return None
             # A compiled graph cannot hold lazy logits, and an evaluation loop reads them: it gets the real ones.
             if torch.compiler.is_compiling() and not self.training:
                 return None
@@ -160,6 +168,8 @@ class CausalLM:
 
         @functools.wraps(stock)
         def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            if base.forward is not stock:  # replaced since, for every model
+                return base.forward(self, *args, **kwargs)
             request, requests = requested(self, args, kwargs), running.requests
             heads = list(spec.heads(self).values())
             if request is None and self not in requests and not _is_asked_by_a_stranger(self, heads):
@@ -188,7 +198,7 @@ class CausalLM:
 
     def head_members(self, base: type[nn.Module]) -> dict[str, Any]:
         """`forward` for a subclass of the head's class `base`."""
-        return {"forward": _answering(base.forward)}
+        return {"forward": _answering(base.forward, base)}
 
     def parallel_head_members(self) -> dict[str, Any]:
         """The same for a head on whose instance transformers' tensor parallelism has put a forward of its own."""
@@ -202,11 +212,16 @@ def _mentions(cls: type[nn.Module], *parts: str) -> bool:
     return any(part in word for word in words for part in parts)
 
 
-def _answering(stock: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """A head's forward that computes the loss where it is asked for and can be, and runs `stock` elsewhere."""
+def _answering(stock: Callable[..., Tensor], base: Any = None) -> Callable[..., Tensor]:
+    """A head's forward that computes the loss where it is asked for and can be, and runs `stock` elsewhere.
+
+    Where the class `base` no longer has `stock`, what it has instead runs.
+    """
 
     @functools.wraps(stock)
     def forward(self: nn.Module, input: Tensor) -> Tensor:
+        if base is not None and base.forward is not stock:
+            return base.forward(self, input)
         request = running.requests.get(self)
         if request is None or not request.can_fuse(self, input):
             return stock(self, input)

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from liger.adapter import Kind, Layer
+from liger.autocast import autocast_dtype
 from liger.known_code import HOOKS, described
 from liger.ops import geglu, geglu_joined, layer_norm, rms_norm, swiglu, swiglu_joined
 from liger.ops.geglu import Approximate
@@ -84,6 +85,8 @@ class RMSNorm(_Norm):
     def forward(self, module: Any, x: Tensor) -> Tensor:
         """The normalised `x`, (..., N)."""
         weight = getattr(module, "weight", None)
+        if isinstance(module, nn.RMSNorm):
+            x = _as_torch_takes_it(F.rms_norm, x)
         return rebuildable(rms_norm, x, weight, getattr(module, self.eps), offset=self.offset, cast=self.cast)
 
     def kernel(self, module: Any) -> str:
@@ -103,11 +106,17 @@ class LayerNorm(_Norm):
 
     def forward(self, module: Any, input: Tensor) -> Tensor:
         """The normalised `input`, (..., N)."""
+        input = _as_torch_takes_it(F.layer_norm, input)
         return rebuildable(layer_norm, input, module.weight, module.bias, getattr(module, self.eps))
 
     def kernel(self, module: Any) -> str:
         """Always the same."""
         return "layer_norm"
+
+
+def _as_torch_takes_it(norm: Callable[..., Tensor], x: Tensor) -> Tensor:
+    """`x` in the dtype in which torch's own norm takes it under autocast: on a GPU in fp32, and returns that."""
+    return x if autocast_dtype(x.device) is None else x.to(norm(x.new_empty(0, 1), (1,)).dtype)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,9 @@ lazy.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -40,6 +42,32 @@ _CONVERSIONS: dict[Any, torch.dtype | None] = {
 }
 
 
+class _Values:
+    """The values of some `LazyLogits` without their graph, for what is detached from them and may outlive them."""
+
+    def __init__(self, logits: LazyLogits, compute: Callable[[], Tensor]) -> None:
+        self._logits = weakref.ref(logits)
+        self._compute: Callable[[], Tensor] | None = compute
+        self._value: Tensor | None = None
+        self._version = 0
+
+    def set(self, value: Tensor) -> None:
+        """The values are there; `value` may have a graph."""
+        self._value, self._version, self._compute = value.detach(), version(value), None
+
+    def read(self) -> Tensor:
+        """The values, which the logits themselves compute as long as they are alive, so that it happens once."""
+        logits = self._logits()
+        if logits is not None:
+            logits.read()
+        elif self._compute is not None:
+            self.set(self._compute())
+        assert self._value is not None
+        if version(self._value) != self._version:
+            raise RuntimeError("liger: outputs.logits were changed in place before a conversion of them was first read")
+        return self._value
+
+
 class LazyLogits(Tensor):
     """A tensor of a given shape, dtype and device whose values `compute` returns at the first use.
 
@@ -49,7 +77,7 @@ class LazyLogits(Tensor):
 
     _compute: Callable[[], Tensor] | None
     _value: Tensor | None
-    _version_read: int
+    _plain: _Values
     _with_grad: bool
 
     @staticmethod
@@ -59,11 +87,16 @@ class LazyLogits(Tensor):
         shape: torch.Size,
         dtype: torch.dtype,
         device: torch.device,
-        requires_grad: bool = False,
+        detached: Callable[[], Tensor] | None = None,
     ) -> LazyLogits:
-        """Make one; `compute` must return a tensor of that shape, dtype and device, and of that `requires_grad`."""
+        """Make one; `compute` must return a tensor of that shape, dtype and device.
+
+        It has a graph where there is a `detached`, which returns the same without one, and must not hold it.
+        """
+        requires_grad = detached is not None
         self = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device, requires_grad=requires_grad)
         self._compute, self._value, self._with_grad = compute, None, requires_grad
+        self._plain = _Values(self, detached or compute)
         if requires_grad:
             with torch._C.DisableTorchFunctionSubclass():
                 self.register_hook(_refuse)
@@ -87,13 +120,15 @@ class LazyLogits(Tensor):
                 "gradients would not reach the model; read outputs.logits.detach(), or use liger.apply(model, "
                 "loss='full')"
             )
-        return self._read()
+        return self.read()
 
-    def _read(self) -> Tensor:
+    def read(self) -> Tensor:
+        """The same, without looking at who reads."""
         if self._value is None:
             assert self._compute is not None
-            self._value = self._compute()
-            self._version_read = _version(self._value)
+            with _without_saved_tensors_hooks():
+                self._value = self._compute()
+            self._plain.set(self._value)
             self._compute = None  # it holds the hidden states and their graph
         return self._value
 
@@ -105,23 +140,26 @@ class LazyLogits(Tensor):
 
     def _converted(self, func: Callable[..., Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> LazyLogits:
         """What `func(self, *args, **kwargs)`, one of the conversions, will be when it is read."""
-        grad = torch.is_grad_enabled() and func is not Tensor.detach
+        values = self._plain
 
         def compute() -> Tensor:
-            value = self.materialize() if grad else self._read()
-            if _version(value) != self._version_read:
-                raise RuntimeError(
-                    "liger: outputs.logits were changed in place before a conversion of them was first read"
-                )
-            with torch.set_grad_enabled(grad):
+            value = self.materialize()
+            values.read()
+            with torch.enable_grad():
                 return func(value, *args, **kwargs)
+
+        def detached() -> Tensor:
+            with torch.no_grad():
+                return func(values.read(), *args, **kwargs)
 
         with torch._C.DisableTorchFunctionSubclass():
             shape, device, dtype = self.shape, self.device, _CONVERSIONS[func] or self.dtype
         if func is Tensor.to:
             to_device, to_dtype, *_ = torch._C._nn._parse_to(*args, **kwargs)
             device, dtype = to_device or device, to_dtype or dtype
-        return LazyLogits(compute, shape, dtype, device, self._with_grad and grad)
+        if self._with_grad and torch.is_grad_enabled() and func is not Tensor.detach:
+            return LazyLogits(compute, shape, dtype, device, detached)
+        return LazyLogits(detached, shape, dtype, device)
 
     @classmethod
     def __torch_function__(
@@ -170,8 +208,24 @@ def _is_plain(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     return kwargs.keys() <= {"device", "dtype", "non_blocking"} and all(isinstance(arg, kinds) for arg in args)
 
 
-def _version(value: Tensor) -> int:
-    return 0 if value.is_inference() else value._version  # inference tensors do not count theirs
+@contextmanager
+def _without_saved_tensors_hooks() -> Iterator[None]:
+    """Leave out the hooks of whoever reads the logits: what a checkpoint is given it does not compute again."""
+    autograd: Any = torch._C._autograd
+    hooks = []
+    while (top := autograd._top_saved_tensors_default_hooks(True)) is not None:
+        hooks.append(top)
+        autograd._pop_saved_tensors_default_hooks()
+    try:
+        yield
+    finally:
+        for pack, unpack in reversed(hooks):
+            autograd._push_saved_tensors_default_hooks(pack, unpack)
+
+
+def version(value: Tensor) -> int:
+    """How often a tensor was changed in place; 0 of an inference tensor, which does not count."""
+    return 0 if value.is_inference() else value._version
 
 
 def _refuse(gradient: Tensor | None) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from liger.autocast import autocast_dtype, under_autocast
-from liger.lazy_logits import LazyLogits
+from liger.lazy_logits import LazyLogits, version
 from liger.ops import cross_entropy, linear_cross_entropy
 from liger.ops.vocab_parallel_cross_entropy import vocab_parallel_linear_cross_entropy
 from liger.optimizer_steps import StepsSince
@@ -66,6 +67,7 @@ class LossRequest:
         self.loss: Tensor | None = None
         self.placeholder: Tensor | None = None
         self.recompute: Callable[[torch.dtype], Tensor] | None = None
+        self.recompute_detached: Callable[[torch.dtype], Tensor] | None = None
         self.upstream = _Upstream()
         self.shape = torch.Size()
 
@@ -116,24 +118,20 @@ class LossRequest:
         placeholder = hidden.new_empty((*hidden.shape[:-1], 0), dtype=autocast or hidden.dtype)
         if torch.compiler.is_compiling():
             return placeholder
-        self.recompute = self._recompute_in(head, hidden, autocast)
+        recompute, grad = self._recompute_in(head, autocast), torch.is_grad_enabled()
+        self.recompute = partial(recompute, hidden, _versions(hidden), grad)
+        self.recompute_detached = partial(recompute, hidden.detach(), _versions(hidden), False)
         return _Into.apply(self.loss, placeholder, self.upstream) if self.loss.requires_grad else placeholder
 
-    def _recompute_in(self, head: Any, hidden: Tensor, autocast: torch.dtype | None) -> Callable[[torch.dtype], Tensor]:
-        grad, inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
-        weight, shape, upstream = head.weight, self.shape, self.upstream
+    def _recompute_in(self, head: Any, autocast: torch.dtype | None) -> Callable[..., Tensor]:
+        inference = torch.is_inference_mode_enabled()
+        weight, bias, shape, upstream = head.weight, head.bias, self.shape, self.upstream
         after_head = self.after_head
-
-        def versions(*tensors: Tensor | None) -> list[int]:
-            # inference tensors do not count theirs
-            return [t._version for t in tensors if t is not None and not t.is_inference()]
-
-        bias = head.bias
         addresses = [t.data_ptr() if type(t) is nn.Parameter else None for t in (weight, bias)]
-        of_input, of_head = versions(hidden), versions(weight, bias)
+        of_head = _versions(weight, bias)
         steps = StepsSince(weight, bias)
 
-        def recompute(dtype: torch.dtype) -> Tensor:
+        def recompute(hidden: Tensor, of_input: list[int], grad: bool, dtype: torch.dtype) -> Tensor:
             now = head.weight, head.bias
             # What is sharded or offloaded was gathered for the forward: backward is what an optimizer follows.
             sharded = is_gathered(now[0], weight)
@@ -146,7 +144,7 @@ class LossRequest:
                 now[0] is not weight
                 or now[1] is not bias
                 or any(at is not None and t.data_ptr() != at for t, at in zip(now, addresses, strict=True))
-                or versions(*now) != of_head
+                or _versions(*now) != of_head
                 or steps.changed(upstream.has_arrived)
                 or is_parametrized(head)
             ):
@@ -155,7 +153,7 @@ class LossRequest:
                     "changed since the forward; read them before optimizer.step(), or use liger.apply(model, "
                     "loss='full')"
                 )
-            if versions(hidden) != of_input:
+            if _versions(hidden) != of_input:
                 raise RuntimeError(
                     "liger: outputs.logits are computed when they are first read, and the head's input was changed in "
                     "place since the forward; read them before that"
@@ -226,14 +224,19 @@ class LossRequest:
         if recompute is None:
             kept = {name: value for name, value in output.items() if value is not placeholder}
             return type(output)(**kept)
-        dtype = placeholder.dtype
-        lazy = LazyLogits(lambda: recompute(dtype), self.shape, dtype, placeholder.device, placeholder.requires_grad)
+        dtype, detached = placeholder.dtype, self.recompute_detached if placeholder.requires_grad else None
+        compute, without_graph = (f and partial(f, dtype) for f in (recompute, detached))
+        lazy = LazyLogits(compute, self.shape, dtype, placeholder.device, without_graph)
         if isinstance(output, tuple):
             return tuple(lazy if value is placeholder else value for value in output)
         for name, value in output.items():
             if value is placeholder:
                 output[name] = lazy
         return output
+
+
+def _versions(*tensors: Tensor | None) -> list[int]:
+    return [version(tensor) for tensor in tensors if tensor is not None]
 
 
 class _Running(threading.local):

@@ -18,7 +18,7 @@ from liger.adapter import Adapter
 from liger.disabled import DISABLED
 from liger.discover import adapters_for
 from liger.known_code import described
-from liger.plan import Plan, plan
+from liger.plan import Plan, Swapped, plan
 from liger.subclass import FUSED, Swappable, model_class, parallel_head_class, recompute_class, swapped_class
 from liger.switches import LINEAR, TRUE, Loss, Switches
 
@@ -205,10 +205,17 @@ def _log_patch(patch: Patch, model: str, switches: Switches) -> None:
     _log.info("%s: swapped %s; declined %d", model, kinds or "nothing", len(patch.declined))
     # The loss is what most of the memory is saved by.
     whole = [d for d in patch.declined if d.kind == "loss" and not switches.skipped(d.name)]
-    if switches.loss == "linear" and whole and not any(s.runs == FUSED for s in patch.swapped):
+    if switches.loss == "linear" and whole and not _fused(patch):
         _log.warning(
             "%s: the head and its loss are not fused, because %s", model, "; ".join(sorted({d.reason for d in whole}))
         )
+
+
+def _fused(planned: Plan) -> list[Swapped]:
+    """The heads whose loss is one with them, but for those of a language model that another asks for its logits."""
+    around = [d.name for d in planned.declined if d.kind == "loss"]
+    fused = [s for s in planned.swapped if s.runs == FUSED]
+    return [s for s in fused if not any(not name or s.name.startswith(f"{name}.") for name in around)]
 
 
 def _require(planned: Plan, switches: Switches) -> None:
@@ -216,7 +223,7 @@ def _require(planned: Plan, switches: Switches) -> None:
     for kind, switch in switches.asked_by_name().items():
         done = [s for s in planned.swapped if s.kind == kind]
         if switch == "linear":
-            done = [s for s in done if s.runs == FUSED]
+            done = _fused(planned)
         if not done and kind not in planned._already:
             reasons = sorted({f"{d.cls}: {d.reason}" for d in planned.declined if d.kind == kind})
             raise ValueError(

@@ -132,6 +132,8 @@ def plan(model: nn.Module, adapters: Iterable[Adapter], switches: Switches = DEF
 def _add(found: Plan, planned: dict[nn.Module, type[nn.Module]], proposals: Iterable[_Proposal]) -> None:
     for name, module, kind, cls, runs, reason, subclass, recipe in proposals:
         if reason is None and module in planned:
+            if planned[module]._recipe[0] is subclass:  # type: ignore[attr-defined]
+                continue  # the head of a language model, which the model around it uses too
             reason = "its class is swapped for another part already"
         if isinstance(module, Swappable):
             found.already.append(name)
@@ -194,12 +196,17 @@ def _loss(spec: CausalLM, name: str, model: nn.Module, cls: type[nn.Module], swi
 
 
 def _unnamed_losses(model: nn.Module, found: Plan, switches: Switches) -> Iterator[_Proposal]:
-    """The models with a head and a loss of transformers' of which no adapter speaks, as of one that takes images."""
+    """The models with a head and a loss of transformers' of which no adapter speaks, as of one that takes images.
+
+    The head may be that of a language model inside, which is asked for its logits then.
+    """
     from transformers import PreTrainedModel
 
     named = {*found.already, *(s.name for s in found.swapped), *(d.name for d in found.declined)}
     for name, module in model.named_modules():
-        if isinstance(module, PreTrainedModel) and name not in named and hasattr(module, "lm_head"):
+        if not isinstance(module, PreTrainedModel) or name in named:
+            continue
+        if module.can_generate() and module.get_output_embeddings() is not None:
             reason = switches.skipped(name) or "no adapter names this class, so that its loss takes the whole logits"
             yield _Proposal(name, module, "loss", type(module).__name__, "", reason, model_class, None)
 

@@ -9,9 +9,10 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
-from types import CellType, FunctionType
+from types import CellType, CodeType, FunctionType
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
 from liger.recompute import forward_in_region
@@ -61,7 +62,18 @@ def _subclass(
     return type(base.__name__, (Swappable, base), own)
 
 
-@functools.cache
+def _cached(make: Callable[[Any, Any], type[nn.Module]]) -> Callable[[Any, Any], type[nn.Module]]:
+    """`make`, once for each base, recipe, and method that the base has had where the subclass has its own."""
+    made = functools.cache(lambda base, recipe, _: make(base, recipe))
+
+    @functools.wraps(make)
+    def subclass(base: Any, recipe: Any) -> type[nn.Module]:
+        return made(base, recipe, getattr(base, getattr(recipe, "method", "forward")))
+
+    return subclass
+
+
+@_cached
 def layer_class(base: Any, layer: Layer) -> type[nn.Module]:
     """`base`, one of whose methods is the layer's."""
     stock, compute = getattr(base, layer.method), layer.forward
@@ -70,33 +82,62 @@ def layer_class(base: Any, layer: Layer) -> type[nn.Module]:
 
     @functools.wraps(stock)
     def method(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if getattr(base, layer.method) is not stock:  # replaced since, for every model
+            return getattr(base, layer.method)(self, *args, **kwargs)
         return compute(self, *args, **{names.get(name, name): value for name, value in kwargs.items()})
 
     return _subclass(base, {layer.method: method}, (layer_class, base, layer), layer.kernel)
 
 
+@_cached
 def function_class(base: Any, ops: tuple[tuple[str, Callable[..., Any]], ...]) -> type[nn.Module]:
-    """`base`, whose forward is the same code over a copy of its module's present globals in which only `ops` differ."""
-    stock = base.forward
-    return _function_class(base, ops, stock, tuple(map(id, inspect.unwrap(stock).__globals__.values())))
+    """`base`, whose forward is the same code over globals of its own in which only `ops` differ from its module's."""
+    stock, names = base.forward, ", ".join(op.__name__ for _, op in ops)
+    own, follow = _globals_but_for(inspect.unwrap(stock), dict(ops))
+    over = _over(stock, own)
+
+    @functools.wraps(stock)
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if not torch.compiler.is_compiling():
+            if base.forward is not stock:  # replaced since, for every model
+                return base.forward(self, *args, **kwargs)
+            follow()
+        return over(self, *args, **kwargs)
+
+    return _subclass(base, {"forward": forward}, (function_class, base, ops), lambda _: names)
 
 
-@functools.cache  # the class keeps all that its ids are of
-def _function_class(base: Any, ops: tuple[tuple[str, Callable[..., Any]], ...], stock: Any, _: Any) -> type[nn.Module]:
-    names = ", ".join(op.__name__ for _, op in ops)
-    return _subclass(base, {"forward": _over(stock, dict(ops))}, (function_class, base, ops), lambda _: names)
+def _globals_but_for(function: Any, ops: dict[str, Any]) -> tuple[dict[str, Any], Callable[[], None]]:
+    """A copy of the function's globals with `ops` in it, and what keeps it up with them.
+
+    Whoever puts something else into the module, in the place of what an op stands for too, is heard.
+    """
+    theirs = function.__globals__
+    own = {**theirs, **ops}
+    seen = {name: theirs[name] for name in _names_of(function.__code__) if name in theirs}
+
+    def follow() -> None:
+        for name, value in seen.items():
+            if theirs.get(name) is not value:
+                seen[name] = own[name] = theirs[name]
+
+    return own, follow
 
 
-def _over(function: Any, names: dict[str, Any]) -> Any:
-    """A copy of `function` in whose globals `names` differ; under its decorators, of what they hold."""
+def _names_of(code: CodeType) -> set[str]:
+    """The names that a function's code uses, and the functions inside it."""
+    inner = (constant for constant in code.co_consts if isinstance(constant, CodeType))
+    return set(code.co_names).union(*map(_names_of, inner))
+
+
+def _over(function: Any, own: dict[str, Any]) -> Any:
+    """A copy of `function` whose globals are `own`; under its decorators, of what they hold."""
     inner = getattr(function, "__wrapped__", None)
     closure = function.__closure__
-    if inner is None:
-        names = {**function.__globals__, **names}
-    else:
-        held, names = CellType(_over(inner, names)), function.__globals__
+    if inner is not None:
+        held, own = CellType(_over(inner, own)), function.__globals__
         closure = tuple(held if _contents(cell) is inner else cell for cell in closure)
-    copied = FunctionType(function.__code__, names, function.__name__, function.__defaults__, closure)
+    copied = FunctionType(function.__code__, own, function.__name__, function.__defaults__, closure)
     copied.__kwdefaults__ = function.__kwdefaults__
     return functools.update_wrapper(copied, function)
 
@@ -118,27 +159,32 @@ def _contents(cell: CellType) -> Any:
         return None
 
 
-@functools.cache
+@_cached
 def model_class(base: Any, spec: CausalLM) -> type[nn.Module]:
     """`base`, whose forward has its head compute the loss."""
     return _subclass(base, spec.model_members(base), (model_class, base, spec), lambda _: "loss")
 
 
-@functools.cache
+@_cached
 def head_class(base: Any, spec: CausalLM) -> type[nn.Module]:
     """`base`, which computes a loss where its model asks for one."""
     return _subclass(base, spec.head_members(base), (head_class, base, spec), lambda _: FUSED)
 
 
-@functools.cache
+@_cached
 def parallel_head_class(base: Any, spec: CausalLM) -> type[nn.Module]:
     """The same where the instance has a forward of transformers' tensor parallelism."""
     return _subclass(base, spec.parallel_head_members(), (parallel_head_class, base, spec), lambda _: FUSED)
 
 
-@functools.cache
+@_cached
 def recompute_class(base: Any, _: None) -> type[nn.Module]:
     """`base`, during whose forward autograd keeps no tensor that one cheap pass rebuilds."""
+
+    @functools.wraps(base.forward)
+    def present(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return base.forward(self, *args, **kwargs)
+
     return _subclass(
-        base, {"forward": forward_in_region(base.forward)}, (recompute_class, base, None), lambda _: "recompute"
+        base, {"forward": forward_in_region(present)}, (recompute_class, base, None), lambda _: "recompute"
     )

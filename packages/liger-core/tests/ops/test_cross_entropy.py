@@ -10,6 +10,8 @@ import random
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from liger.ops import linear_cross_entropy, loss_rows, upstream_scale
 from liger.ops.cross_entropy import cross_entropy
@@ -291,13 +293,34 @@ def test_a_gradient_that_nobody_needs_is_not_computed(device, monkeypatch, train
 
 
 @pytest.mark.parametrize("trains", [False, True])
-def test_a_forward_derivative_is_refused_not_left_out(device, path, trains):
-    if path == "reference":
-        pytest.skip("torch differentiates the reference forwards too")
+def test_a_forward_derivative(device, path, trains):
     logits, target = some(2, 8, device)
+    expected = torch.func.grad(F.cross_entropy)(logits, target)[:, 0].sum()
     logits.requires_grad_(trains)
-    with torch.autograd.forward_ad.dual_level(), pytest.raises(NotImplementedError, match="jvp"):
-        cross_entropy(torch.autograd.forward_ad.make_dual(logits, torch.ones_like(logits)), target)
+    with torch.autograd.forward_ad.dual_level():
+        first = torch.zeros_like(logits).index_fill(1, torch.tensor([0], device=device), 1.0)
+        loss = cross_entropy(torch.autograd.forward_ad.make_dual(logits, first), target)
+        torch.testing.assert_close(torch.autograd.forward_ad.unpack_dual(loss).tangent, expected)
+
+
+def test_gradients_of_each_sample(device, path):
+    logits, target = (t.unsqueeze(1) for t in some(3, 8, device))
+    ours, theirs = (torch.vmap(torch.func.grad(loss))(logits, target) for loss in (cross_entropy, F.cross_entropy))
+    torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("margin", [30.0, 40.0])
+def test_a_denominator_divides_the_gradient_where_the_loss_is_exactly_zero(device, path, margin):
+    logits = torch.tensor([[margin, 0.0], [margin, 0.0]], device=device, requires_grad=True)
+    loss = cross_entropy(logits, torch.tensor([0, 0], device=device), denominator=1000.0)
+    (gradient,) = torch.autograd.grad(loss, logits)
+    expected = torch.full((2,), -margin, device=device).exp() / 1000
+    torch.testing.assert_close(gradient[:, 1], expected, rtol=1e-3, atol=0)
+
+
+def test_a_fake_tensor_has_no_labels_to_look_at():
+    with FakeTensorMode():
+        assert cross_entropy(torch.randn(4, 32), torch.randint(32, (4,))).shape == ()
 
 
 @pytest.mark.parametrize("shape", [(2, 8), (2, 1, 8)])

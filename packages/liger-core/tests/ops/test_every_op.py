@@ -238,6 +238,37 @@ def test_second_derivative_is_refused_not_wrong(op, device, path, strided):
             torch.autograd.grad(loss + dx.square().sum(), x)  # goes only where the way to x leads
 
 
+@pytest.mark.parametrize("number", ["eps", "offset"])
+def test_a_learned_number_is_refused_not_frozen(device, path, number):
+    x, learned = torch.randn(2, 8, device=device), torch.tensor(0.1, requires_grad=True)
+    q = torch.randn(2, 1, 3, 8, device=device)
+    calls = [lambda **n: rms_norm(x, **n), lambda **n: add_rms_norm(x, x, None, **n)]
+    calls += [lambda **n: qk_norm_rotary(q, q, None, None, q[:, :, 0], q[:, :, 0], **n)]
+    calls += [lambda **n: layer_norm(x, **n)] if number == "eps" else []
+    for call in calls:
+        call(**{number: learned.detach()})
+        with pytest.raises(ValueError, match=f"{number} requires a gradient"):
+            call(**{number: learned})
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.trace:DeprecationWarning")
+def test_transforms_and_traces_see_torch_operations(op, device, monkeypatch):
+    inputs = op.inputs(2, 3, torch.float32, device)
+    at = tuple(i for i, t in enumerate(inputs) if any(t is leaf for leaf in op.leaves(inputs)))
+
+    def loss(*inputs: Tensor) -> Tensor:
+        return torch.stack([y.square().mean() for y in op.outputs(inputs)]).sum()
+
+    def seen() -> list[Tensor]:
+        _, forward = torch.func.jvp(loss, inputs, tuple(map(torch.ones_like, inputs)))
+        traced = torch.jit.trace(lambda *inputs: op.outputs(inputs), inputs)
+        return [*torch.func.grad(loss, at)(*inputs), forward, *traced(*inputs)]
+
+    through_kernels = seen()
+    monkeypatch.setattr(launch, "enabled", False)
+    assert_same(through_kernels, seen())
+
+
 @pytest.mark.gpu
 def test_past_two_to_the_31_elements(op, device):
     """The last tokens equal the same tokens computed alone: no offset wrapped around 32 bits."""

@@ -10,7 +10,7 @@ of their own. RecurrentGemma rotates half of each head.
 
 The logits are capped by `final_logit_softcapping`, where it is not None; Gemma has no cap, RecurrentGemma calls it
 `logits_soft_cap`, T5Gemma has it in its decoder's config, and does not shift its labels. Of the models that take more
-than text, Gemma 3's does not apply the cap, and Gemma 3n's keeps its own loss; the towers keep their own
+than text, Gemma 3's does not apply the cap; the towers keep their own
 code, but for norms of the language model's class.
 """
 
@@ -74,7 +74,10 @@ gemma3n = Adapter(
     modeling="transformers.models.gemma3n.modeling_gemma3n",
     modules={"Gemma3nRMSNorm": _NORM_WITHOUT_OFFSET, "Gemma3nTextMLP": SparseGatedMLP(act="hidden_activation")},
     functions={"apply_rotary_pos_emb": rotary_one},
-    head=CausalLM("Gemma3nForCausalLM", softcap="final_logit_softcapping"),
+    head=(
+        CausalLM("Gemma3nForCausalLM", softcap="final_logit_softcapping"),
+        CausalLM("Gemma3nForConditionalGeneration", softcap="text_config.final_logit_softcapping"),
+    ),
 )
 
 gemma4 = Adapter(

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from liger.ops.constant import constant
 from liger.ops.launch import runs_kernels
 from liger.ops.named import named
 from liger.ops.once_differentiable import once_differentiable
@@ -109,7 +110,8 @@ def add_rms_norm(
         raise ValueError(f"add_rms_norm: residual is on {residual.device}, expected x's device {x.device}")
     if not residual.is_floating_point():
         raise TypeError(f"add_rms_norm: residual must have a floating-point dtype, not {residual.dtype}")
+    eps, offset = constant("add_rms_norm", "eps", eps), constant("add_rms_norm", "offset", offset)
     if runs_kernels(x, residual, weight) and 0 < x.shape[-1] <= MAX_COLUMNS:
         weight = None if weight is None else weight.contiguous()
-        return _AddRMSNorm.apply(x, residual, weight, float(eps), offset, cast)
+        return _AddRMSNorm.apply(x, residual, weight, eps, offset, cast)
     return reference(x, residual, weight, eps, offset=offset, cast=cast)

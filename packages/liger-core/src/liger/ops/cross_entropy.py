@@ -21,7 +21,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from liger.ops.launch import runs_kernels
+from liger.ops.constant import constant, refuse_learned
+from liger.ops.launch import is_seen_through, runs_kernels
 from liger.ops.loss_rows import Options, fill_rows, reference_rows
 from liger.ops.named import named
 from liger.ops.once_differentiable import once_differentiable
@@ -48,7 +49,7 @@ def reduced(loss: Tensor, reduction: Reduction, denominator: Tensor | None) -> T
         return total
     if not denominator.is_floating_point():  # the mean's own count
         return total / denominator
-    return torch.where(total == 0, total, total / denominator)
+    return total / torch.where((total == 0) & (denominator == 0), 1.0, denominator)
 
 
 def divisor(
@@ -109,8 +110,11 @@ class _CrossEntropy(torch.autograd.Function):
 
 
 def check_labels(op: str, target: Tensor, classes: int, ignore_index: int) -> None:
-    """Refuse labels out of range where looking costs no synchronisation: on the CPU, outside a compiled graph."""
-    if target.device.type != "cpu" or torch.compiler.is_compiling():
+    """Refuse labels out of range where looking costs no synchronisation, and there is something to look at.
+
+    That is on the CPU, and neither in a compiled graph nor in `torch.func.vmap`, nor of a FakeTensor.
+    """
+    if target.device.type != "cpu" or type(target) is not Tensor or torch.compiler.is_compiling() or is_seen_through():
         return
     bad = (target != ignore_index) & ((target < 0) | (target >= classes))
     if bad.any():
@@ -118,25 +122,11 @@ def check_labels(op: str, target: Tensor, classes: int, ignore_index: int) -> No
         raise IndexError(f"{op}: label {value} is out of range: expected 0 to {classes - 1}, or {ignore_index}")
 
 
-def _refuse_learned(op: str, name: str, value: float | Tensor | None) -> None:
-    """Refuse a tensor that waits for a gradient: it would train as if it were frozen."""
-    if isinstance(value, Tensor) and value.requires_grad:
-        raise ValueError(f"{op}: {name} requires a gradient and would get none: it is a constant here")
-
-
-def constant(op: str, name: str, value: float) -> float:
-    """`value` as a float; refuses one that is learned, and several."""
-    _refuse_learned(op, name, value)
-    if isinstance(value, Tensor) and value.numel() != 1:
-        raise ValueError(f"{op}: {name} has shape {tuple(value.shape)}, expected one number")
-    return float(value)
-
-
 def checked_scaling(op: str, logit_scale: float, softcap: float | None, prefix: str = "") -> Scaling:
     """Both as plain numbers; `prefix` is what their names begin with in the op's signature."""
     scale = constant(op, f"{prefix}logit_scale", logit_scale)
     cap = None if softcap is None else constant(op, f"{prefix}softcap", softcap)
-    if not math.isfinite(scale):
+    if not -math.inf < scale < math.inf:
         raise ValueError(f"{op}: {prefix}logit_scale must be finite, not {scale}")
     if cap is not None and not 0 < cap < math.inf:
         raise ValueError(f"{op}: {prefix}softcap must be positive and finite, or None, not {cap}")
@@ -158,6 +148,8 @@ def checked_options(
         raise TypeError(f"{op}: ignore_index must be an int, not {ignore_index!r}") from None
     scale, cap = checked_scaling(op, logit_scale, softcap)
     smoothing, weight = constant(op, "label_smoothing", label_smoothing), constant(op, "z_loss", z_loss)
+    if not -math.inf < weight < math.inf:
+        raise ValueError(f"{op}: z_loss must be finite, not {weight}")
     return Options(index, smoothing, weight, cap, scale)
 
 
@@ -181,7 +173,7 @@ def check_arguments(
         raise ValueError(f"{op}: a denominator divides a sum, but reduction is 'none'")
     if isinstance(denominator, Tensor) and denominator.numel() != 1:
         raise ValueError(f"{op}: denominator has shape {tuple(denominator.shape)}, expected one number")
-    _refuse_learned(op, "denominator", denominator)
+    refuse_learned(op, "denominator", denominator)
     if not 0 <= options.label_smoothing <= 1:
         raise ValueError(f"{op}: label_smoothing must be from 0 to 1, not {options.label_smoothing}")
 
@@ -234,7 +226,6 @@ def cross_entropy(
     if not runs_kernels(logits):
         loss = reference(logits.reshape(-1, columns), labels, options, reduction, divide_by)
     else:
-        # without a gradient too: a derivative in forward mode, which there is none of, is refused there
         needs_gradient = torch.is_grad_enabled() and logits.requires_grad
         loss = _CrossEntropy.apply(_rows(logits), labels, divide_by, options, reduction, needs_gradient)
     return loss.view(target.shape) if reduction == "none" else loss

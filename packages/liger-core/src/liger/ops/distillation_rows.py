@@ -30,8 +30,8 @@ from torch import Tensor
 
 from liger.ops.launch import jit, l2_bytes, launch, runs_kernels, tl
 from liger.ops.loss_rows import tile_of
-from liger.ops.scaling import Scaling, reference_z
-from liger.ops.tanh import tanh
+from liger.ops.scaling import Scaling, reference_c, reference_z
+from liger.ops.tanh import tanh, tanh_derivative
 
 
 def _over(scaling: Scaling, temperature: float) -> tuple[float, float]:
@@ -76,7 +76,7 @@ def _reference_fill(
     dx = s - t if beta == 0 else torch.where(s == 0, 0.0, of_student * s * (log_s - log_m - divergence[:, None]))
     logit_scale, softcap = scalings[0]
     if softcap is not None:
-        dx *= 1 - (x / softcap).square()
+        dx *= reference_c(student.to(wide), scalings[0])
     slope = logit_scale / temperature
     factor = torch.full_like(value, slope) if upstream is None else upstream * slope
     if denominator is not None:
@@ -86,17 +86,22 @@ def _reference_fill(
 
 @jit(varying=())
 def _scaled(logits, column, columns, a, b, IS_CAPPED: tl.constexpr, MASKED: tl.constexpr):
-    """A tile of logits over the temperature, scaled and capped (see `_over`)."""
+    """A tile of logits over the temperature, scaled and capped (see `_over`); and what tanh is taken of."""
     inside = column < columns if MASKED else None
     x = tl.load(logits + column, mask=inside, other=0.0 if MASKED else None, eviction_policy="evict_last")
     x = x.to(tl.float32)
-    return tanh(x * a) * b if IS_CAPPED else x * b
+    if IS_CAPPED:
+        x = x * a
+        z = tanh(x) * b
+    else:
+        z = x * b
+    return z, x
 
 
 @jit(varying=())
 def _fold(logits, column, columns, peak, total, a, b, IS_CAPPED: tl.constexpr, MASKED: tl.constexpr):
     """Take a tile into every lane's maximum, and its sum of exponentials relative to it."""
-    z = _scaled(logits, column, columns, a, b, IS_CAPPED, MASKED)
+    z, _ = _scaled(logits, column, columns, a, b, IS_CAPPED, MASKED)
     if MASKED:
         z = tl.where(column < columns, z, float("-inf"))
     higher = tl.maximum(peak, z)
@@ -146,8 +151,8 @@ def _add_divergence(
     IS_REVERSE: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Add a tile's terms of KL(t ‖ m) and KL(s ‖ m) to every lane's sums."""
-    z_s = _scaled(student, column, columns, a_s, b_s, CAPS_STUDENT, MASKED)
-    z_t = _scaled(teacher, column, columns, a_t, b_t, CAPS_TEACHER, MASKED)
+    z_s, _ = _scaled(student, column, columns, a_s, b_s, CAPS_STUDENT, MASKED)
+    z_t, _ = _scaled(teacher, column, columns, a_t, b_t, CAPS_TEACHER, MASKED)
     log_s = _log_probs(z_s, column, columns, top_s, above_s, MASKED)
     log_t = _log_probs(z_t, column, columns, top_t, above_t, MASKED)
     log_m = _log_mixture(log_s, log_t, log_share_of_s, log_share_of_t, IS_FORWARD, IS_REVERSE)
@@ -164,8 +169,8 @@ def _differentiate(
     IS_FORWARD: tl.constexpr, IS_REVERSE: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Put the gradient of a tile in the place of the student's logits."""
-    z_s = _scaled(student, column, columns, a_s, b_s, CAPS_STUDENT, MASKED)
-    z_t = _scaled(teacher, column, columns, a_t, b_t, CAPS_TEACHER, MASKED)
+    z_s, u_s = _scaled(student, column, columns, a_s, b_s, CAPS_STUDENT, MASKED)
+    z_t, _ = _scaled(teacher, column, columns, a_t, b_t, CAPS_TEACHER, MASKED)
     log_s = _log_probs(z_s, column, columns, top_s, above_s, MASKED)
     log_t = _log_probs(z_t, column, columns, top_t, above_t, MASKED)
     s = tl.exp(log_s)
@@ -175,7 +180,7 @@ def _differentiate(
         log_m = _log_mixture(log_s, log_t, log_share_of_s, log_share_of_t, IS_FORWARD, IS_REVERSE)
         dx = tl.where(s == 0.0, 0.0, s * (log_s - log_m - divergence))
     if CAPS_STUDENT:
-        dx *= 1.0 - (z_s / b_s) * (z_s / b_s)
+        dx *= tanh_derivative(u_s)
     inside = column < columns if MASKED else None
     tl.store(student + column, (dx * factor).to(student.dtype.element_ty), mask=inside)
 

@@ -30,8 +30,8 @@ else:
         triton = tl = None
 
 __all__ = [
-    "INTERPRETED", "enabled", "jit", "l2_bytes", "launch", "next_power_of_2", "runs_kernels", "shared_bytes",
-    "sm_count", "tl", "triton",
+    "INTERPRETED", "enabled", "is_seen_through", "jit", "l2_bytes", "launch", "next_power_of_2", "runs_kernels",
+    "shared_bytes", "sm_count", "tl", "triton",
 ]  # fmt: skip
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -75,12 +75,23 @@ def runs_kernels(x: Tensor, *others: Tensor | None) -> bool:
     """Whether `x` takes the Triton kernels: fp32, bf16 or fp16, on a GPU (or on the CPU in Triton's interpreter).
 
     So must the `others` that the kernel reads, where there are any. A tensor subclass (DTensor, a quantised tensor)
-    does not: its memory is not what its shape says. The references are torch operations, which it knows.
+    does not: its memory is not what its shape says. Nor do any inside `torch.func`'s transforms, forward-mode
+    differentiation and `torch.jit.trace`. The references are torch operations, which all of these know.
     """
     for t in (x, *others):
         if t is not None and (t.dtype not in _KERNEL_DTYPES or type(t) not in _PLAIN):
             return False
-    return triton is not None and enabled and (x.is_cuda or (INTERPRETED and x.device.type == "cpu"))
+    is_there = triton is not None and enabled and (x.is_cuda or (INTERPRETED and x.device.type == "cpu"))
+    return is_there and not is_seen_through()
+
+
+def is_seen_through() -> bool:
+    """Whether somebody other than a compiler follows the operations that run now, one by one."""
+    return not torch.compiler.is_compiling() and (
+        torch._C._are_functorch_transforms_active()
+        or torch.autograd.forward_ad._current_level >= 0
+        or torch._C._get_tracing_state() is not None
+    )
 
 
 def launch(kernel: Any, grid: tuple[int], *args: Any, num_warps: int, **constexprs: Any) -> None:

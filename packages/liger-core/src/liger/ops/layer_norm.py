@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from liger.ops.column_sums import column_sums
+from liger.ops.constant import constant
 from liger.ops.launch import jit, launch, next_power_of_2, runs_kernels, sm_count, tl
 from liger.ops.named import named
 from liger.ops.once_differentiable import once_differentiable
@@ -196,7 +197,8 @@ def layer_norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = No
         (..., N), in x's dtype.
 
     Raises:
-        ValueError: `x` has no dimension, or `weight` or `bias` another shape or device than its last one.
+        ValueError: `x` has no dimension, or `weight` or `bias` another shape or device than its last one, or `eps` is a
+            tensor that requires a gradient.
         TypeError: `x`, `weight` or `bias` is not a floating-point tensor.
     """
     if not x.is_floating_point():
@@ -207,18 +209,20 @@ def layer_norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = No
         _check_parameter("weight", weight, x)
     if bias is not None:
         _check_parameter("bias", bias, x)
+    eps = constant("layer_norm", "eps", eps)
     if runs_kernels(x, weight, bias) and 0 < x.shape[-1] <= _MAX_COLUMNS:
         if _are_few(x, weight, bias):
             return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
         weight = None if weight is None else weight.contiguous()
         bias = None if bias is None else bias.contiguous()
-        return _LayerNorm.apply(x.contiguous(), weight, bias, float(eps))
+        return _LayerNorm.apply(x.contiguous(), weight, bias, eps)
     return reference(x, weight, bias, eps)
 
 
 def _are_few(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:
     """Whether torch's layer_norm is the faster one. It takes one dtype, and autocast changes that of its result."""
-    few = x.numel() <= FEW_ELEMENTS and x.is_cuda and not torch.compiler.is_compiling()
+    # in this order: a graph must not depend on how many there are
+    few = not torch.compiler.is_compiling() and x.is_cuda and x.numel() <= FEW_ELEMENTS
     alike = (weight is None or weight.dtype == x.dtype) and (bias is None or bias.dtype == x.dtype)
     return few and alike and not torch.is_autocast_enabled("cuda")
 

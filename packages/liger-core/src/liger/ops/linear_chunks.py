@@ -144,10 +144,12 @@ def add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
     elif total.dtype == torch.float32 and _multiplies_into_fp32(a.device, a.dtype):
         beta = 0 if first else 1  # with 0, what is in `total` is not read
         torch.addmm(total, a, b, out_dtype=total.dtype, beta=beta, out=total)
-    elif first:
-        total.copy_(a @ b)
     else:
-        total.add_(a @ b)
+        product = torch.mm(a, b, out=a.new_empty(total.shape))  # with `out`, autocast of a backward has no say
+        if first:
+            total.copy_(product)
+        else:
+            total.add_(product)
 
 
 def needed(input: Tensor, weight: Tensor, bias: Tensor | None) -> Needs:

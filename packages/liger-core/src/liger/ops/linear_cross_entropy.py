@@ -136,8 +136,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 def _are_few(logits: int, input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """Whether the logits may exist as a whole. In a compiled graph no host waits, and there the op is in one piece."""
-    few = logits <= FEW_LOGITS and input.is_cuda and not torch.compiler.is_compiling()
-    return few and runs_kernels(input, weight, bias)
+    may_be = input.is_cuda and not torch.compiler.is_compiling()  # first: a graph must not depend on how many there are
+    return may_be and logits <= FEW_LOGITS and runs_kernels(input, weight, bias)
 
 
 def linear_cross_entropy(

@@ -25,12 +25,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from liger.ops.constant import constant
 from liger.ops.cross_entropy import (
     Reduction,
     check_arguments,
     checked_options,
     checked_scaling,
-    constant,
     divisor,
     reduced,
 )

@@ -21,7 +21,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from liger.ops.cross_entropy import check_arguments, check_labels, checked_options, constant
+from liger.ops.constant import constant
+from liger.ops.cross_entropy import check_arguments, check_labels, checked_options
 from liger.ops.linear_chunks import (
     Gradients,
     check_dtypes,

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from liger.ops.launch import jit, l2_bytes, launch, next_power_of_2, runs_kernels, tl
 from liger.ops.loss_rows import Options, tile_of
-from liger.ops.scaling import reference_z, scaled_z
+from liger.ops.scaling import reference_c, reference_z, scaled_z, softcap_c
 
 _LOG2_E = math.log2(math.e)
 _FAR = -1e4  # exp of it is 0 in every dtype, and 0 · it is 0, where 0 · -inf would be NaN
@@ -76,9 +76,9 @@ def _reference_differentiate(
     g, h = (torch.zeros_like(top) if gradient is None else gradient for gradient in upstream)
     dx = (below - above[:, None]).exp_()
     dx *= (g + h * gap)[:, None] if entropy_gradient is None else below.add_(gap[:, None]).mul_(h[:, None]) + g[:, None]
-    dx.neg_().scatter_add_(-1, column, torch.where(here, g, 0.0)[:, None])
+    dx.neg_().scatter_(-1, column, dx.gather(-1, column) + torch.where(here, g, 0.0)[:, None])
     if options.softcap is not None:
-        dx *= 1 - (capped / options.softcap).square()
+        dx *= reference_c(logits, options.scaling)
     logits.copy_(dx.mul_(options.logit_scale / temperature).masked_fill_(~counts[:, None], 0.0))
 
 
@@ -192,8 +192,8 @@ def _differentiate(
     """Put the gradient of a tile in the place of its logits."""
     inside = column < columns if MASKED else None
     x = tl.load(logits + column, mask=inside, other=0.0 if MASKED else None, eviction_policy="evict_first")
-    capped = scaled_z(x, logit_scale, softcap, HAS_SCALE, HAS_SOFTCAP)
-    below = tl.where(column == label, own + above, (capped - top) * coldness)
+    z = scaled_z(x, logit_scale, softcap, HAS_SCALE, HAS_SOFTCAP)
+    below = tl.where(column == label, own + above, (z - top) * coldness)
     slope = tl.zeros_like(below)
     if HAS_LOG_PROB:
         slope += g
@@ -204,7 +204,7 @@ def _differentiate(
         dx += tl.where(column == label, g, 0.0)
     dx *= logit_scale * coldness * 0.6931471805599453
     if HAS_SOFTCAP:
-        dx *= 1.0 - (capped / softcap) * (capped / softcap)
+        dx *= softcap_c(x, logit_scale, softcap, HAS_SCALE)
     tl.store(logits + column, dx.to(logits.dtype.element_ty), mask=inside, eviction_policy="evict_first")
 
 

@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from liger.ops.launch import jit, l2_bytes, launch, next_power_of_2, runs_kernels, tl
-from liger.ops.scaling import Scaling, reference_z, scaled_z
+from liger.ops.scaling import Scaling, reference_c, reference_z, scaled_z, softcap_c
 
 
 class Options(NamedTuple):
@@ -94,7 +94,7 @@ def _reference_fill(
     dx_label = (dz_label * factor)[:, None]
     dx.scatter_(-1, label, torch.where(here[:, None], dx_label, dx.gather(-1, label)) if part else dx_label)
     if options.softcap is not None:
-        dx *= 1 - (z / options.softcap).square()
+        dx *= reference_c(logits, options.scaling)
     gradient.copy_(dx.masked_fill_(~counts[:, None], 0.0))
 
 
@@ -128,8 +128,7 @@ def _differentiate(
     if HAS_SMOOTHING:
         dx -= uniform
     if HAS_SOFTCAP:
-        t = z / softcap
-        dx *= 1.0 - t * t
+        dx *= softcap_c(x, logit_scale, softcap, HAS_SCALE)
     tl.store(gradient + column, dx.to(gradient.dtype.element_ty), mask=there, eviction_policy="evict_first")
 
 
@@ -169,8 +168,8 @@ def _rows_kernel(
         is_label = (label >= 0) & (label < columns)
         if not (IS_PART or is_label):
             tl.device_print("liger: label out of range, its loss is NaN: ", label)
-        z_label = tl.load(row_logits + label, mask=is_label, other=0.0)
-        z_label = scaled_z(z_label, logit_scale, softcap, HAS_SCALE, HAS_SOFTCAP)
+        x_label = tl.load(row_logits + label, mask=is_label, other=0.0)
+        z_label = scaled_z(x_label, logit_scale, softcap, HAS_SCALE, HAS_SOFTCAP)
 
         if LSE_IS_KNOWN:
             top = tl.load(lse + 2 * row)
@@ -227,7 +226,7 @@ def _rows_kernel(
                 )  # fmt: skip
             dz = tl.exp(z_label - top - above) * gain - label_smoothing / columns - (1.0 - label_smoothing)
             if HAS_SOFTCAP:
-                dz *= 1.0 - (z_label / softcap) * (z_label / softcap)
+                dz *= softcap_c(x_label, logit_scale, softcap, HAS_SCALE)
             tl.debug_barrier()  # the label's element has been written with its tile
             tl.store(row_gradient + label, (dz * factor).to(gradient.dtype.element_ty), mask=is_label)
 

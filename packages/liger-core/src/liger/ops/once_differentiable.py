@@ -25,7 +25,10 @@ class _Refusal(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *_: Any) -> Any:
-        raise RuntimeError("trying to differentiate twice a function that was marked with @once_differentiable")
+        raise RuntimeError(
+            "liger: trying to differentiate twice a function that was marked with @once_differentiable: its kernels "
+            "have no second derivative, PyTorch's own code has"
+        )
 
 
 class _Unpacked:
@@ -48,7 +51,7 @@ def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
     def once(ctx: Any, *upstream: Any) -> Any:
         if not torch.is_grad_enabled():
             return backward(ctx, *upstream)
-        if torch.compiler.is_compiling():  # which refuses a second backward itself
+        if torch.compiler.is_compiling():  # which refuses a second backward, but not one of chosen tensors, by itself
             return guarded(ctx, *upstream)
         ctx = _Unpacked(ctx)
         with torch.no_grad():

@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from liger.ops.constant import constant
 from liger.ops.heads import check_shapes, empty_heads, readable_angles, with_contiguous_columns
 from liger.ops.launch import runs_kernels
 from liger.ops.named import named
@@ -126,10 +127,11 @@ def qk_norm_rotary(
         of the norm's result and cos.
 
     Raises:
-        ValueError: a shape or device is not as above, or `cast` is unknown.
+        ValueError: a shape or device is not as above, `cast` is unknown, or `eps` or `offset` requires a gradient.
         TypeError: a tensor is not floating-point, k has another dtype than q, or sin than cos.
     """
     _check(q, k, q_weight, k_weight, cos, sin, cast, unsqueeze_dim)
+    eps, offset = constant("qk_norm_rotary", "eps", eps), constant("qk_norm_rotary", "offset", offset)
     trains_angles = (cos.requires_grad or sin.requires_grad) and torch.is_grad_enabled()
     on_kernels = runs_kernels(q, k, q_weight, k_weight, cos, sin)
     if on_kernels and not trains_angles and 0 < q.shape[3] <= MAX_COLUMNS:
@@ -137,7 +139,7 @@ def qk_norm_rotary(
         q_weight = None if q_weight is None else q_weight.contiguous()
         k_weight = None if k_weight is None else k_weight.contiguous()
         cos, sin = readable_angles(cos, sin)
-        return _QKNormRotary.apply(q, k, q_weight, k_weight, cos, sin, float(eps), offset, cast, unsqueeze_dim)
+        return _QKNormRotary.apply(q, k, q_weight, k_weight, cos, sin, eps, offset, cast, unsqueeze_dim)
     return reference(q, k, q_weight, k_weight, cos, sin, eps, offset=offset, cast=cast, unsqueeze_dim=unsqueeze_dim)
 
 

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from liger.ops.column_sums import column_sums
+from liger.ops.constant import constant
 from liger.ops.launch import jit, launch, next_power_of_2, runs_kernels, shared_bytes, sm_count, tl
 from liger.ops.named import named
 from liger.ops.once_differentiable import once_differentiable
@@ -216,13 +217,15 @@ def rms_norm(
         (..., N), in x's dtype; with `cast="llama"` in the promoted dtype of x and weight.
 
     Raises:
-        ValueError: `x` has no dimension, `weight` another shape or device than its last one, or `cast` is unknown.
+        ValueError: `x` has no dimension, `weight` another shape or device than its last one, `cast` is unknown, or
+            `eps` or `offset` is a tensor that requires a gradient.
         TypeError: `x` or `weight` is not a floating-point tensor.
     """
     check(x, weight, cast, "rms_norm")
+    eps, offset = constant("rms_norm", "eps", eps), constant("rms_norm", "offset", offset)
     if runs_kernels(x, weight) and 0 < x.shape[-1] <= MAX_COLUMNS:
         weight = None if weight is None else weight.contiguous()
-        return _RMSNorm.apply(x.contiguous(), weight, float(eps), offset, cast)
+        return _RMSNorm.apply(x.contiguous(), weight, eps, offset, cast)
     return reference(x, weight, eps, offset=offset, cast=cast)
 
 

@@ -1,6 +1,7 @@
 r"""What a model does to its head's output x before the loss: it scales it, and some models cap it.
 
-    z = softcap · tanh(logit_scale · x / softcap)                 z = logit_scale · x without a softcap
+    z     = softcap · tanh(logit_scale · x / softcap)             z = logit_scale · x without a softcap
+    dz/dx = logit_scale · c     c = 1 − tanh²(logit_scale · x / softcap)
 
 The softcap is Gemma 2's (https://arxiv.org/abs/2408.00118).
 """
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from liger.ops.launch import jit, tl
-from liger.ops.tanh import tanh
+from liger.ops.tanh import tanh, tanh_derivative
 
 
 class Scaling(NamedTuple):
@@ -25,10 +26,19 @@ class Scaling(NamedTuple):
 
 def reference_z(logits: Tensor, scaling: Scaling) -> Tensor:
     """z in fp32 (fp64 for fp64), differentiable; the logits themselves where that changes nothing."""
-    z = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    if scaling.logit_scale != 1:
-        z = z * scaling.logit_scale
+    z = _scaled(logits, scaling)
     return z if scaling.softcap is None else scaling.softcap * torch.tanh(z / scaling.softcap)
+
+
+def reference_c(logits: Tensor, scaling: Scaling) -> Tensor:
+    """c of a softcap, by 1 / cosh², in which no digits are lost."""
+    assert scaling.softcap is not None
+    return torch.cosh(_scaled(logits, scaling) / scaling.softcap).square_().reciprocal_()
+
+
+def _scaled(logits: Tensor, scaling: Scaling) -> Tensor:
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return wide if scaling.logit_scale == 1 else wide * scaling.logit_scale
 
 
 @jit(varying=())
@@ -40,3 +50,9 @@ def scaled_z(x, logit_scale, softcap, HAS_SCALE: tl.constexpr, HAS_SOFTCAP: tl.c
     if HAS_SOFTCAP:
         z = softcap * tanh(z / softcap)
     return z
+
+
+@jit(varying=())
+def softcap_c(x, logit_scale, softcap, HAS_SCALE: tl.constexpr):  # noqa: ANN201
+    """c of a softcap in a kernel, in fp32."""
+    return tanh_derivative(scaled_z(x, logit_scale, softcap, HAS_SCALE, HAS_SOFTCAP=False) / softcap)
