@@ -114,12 +114,15 @@ def _globals_but_for(function: Any, ops: dict[str, Any]) -> tuple[dict[str, Any]
     """
     theirs = function.__globals__
     own = {**theirs, **ops}
-    seen = {name: theirs[name] for name in _names_of(function.__code__) if name in theirs}
+    stock = {name: theirs[name] for name in _names_of(function.__code__) if name in theirs}
+    seen = dict(stock)
 
     def follow() -> None:
         for name, value in seen.items():
-            if theirs.get(name) is not value:
-                seen[name] = own[name] = theirs[name]
+            now = theirs[name]
+            if now is not value:
+                seen[name] = now
+                own[name] = ops[name] if name in ops and now is stock[name] else now
 
     return own, follow
 
