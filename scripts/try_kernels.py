@@ -141,7 +141,7 @@ def _candidates(module: Any) -> Iterator[Layer]:
         yield RMSNorm(eps=eps, offset=offset, cast=cast)
     yield from (LayerNorm(eps=eps) for eps in floats)
     config = getattr(module, "config", None)
-    acts = [name for name, value in vars(config).items() if isinstance(value, str)] if config is not None else []
+    acts = [name for name, value in vars(config).items() if isinstance(value, str)] if config is not None else [None]
     for act, act_fn in itertools.product(
         acts, (n for n, v in module.__dict__["_modules"].items() if not list(v.children()))
     ):

@@ -1,4 +1,7 @@
-"""The layers that more than one family uses: which attribute feeds which op, and when to decline."""
+"""The layers that more than one family uses: which attribute feeds which op, and when to decline.
+
+Over 300 lines: adapters may rely on `liger.layers`, so that the layers stay in one file.
+"""
 
 from __future__ import annotations
 
@@ -156,6 +159,12 @@ def _gate_of(act_fn: Any) -> _Gate | None:
     return _GATE_OF_CLASS.get((type(act_fn).__module__, type(act_fn).__name__))
 
 
+def _computes(act_fn: Callable[[Tensor], Tensor], activation: Callable[[Tensor], Tensor]) -> bool:
+    points = torch.linspace(-4, 4, 17, device="cpu")
+    with torch.no_grad():
+        return torch.allclose(act_fn(points), activation(points), rtol=0, atol=1e-6)
+
+
 def gated(act_fn: Callable[[Tensor], Tensor], gate: Tensor, up: Tensor) -> Tensor:
     """`act_fn(gate) * up`, in one kernel where the activation that a module holds now has one.
 
@@ -169,20 +178,27 @@ def gated(act_fn: Callable[[Tensor], Tensor], gate: Tensor, up: Tensor) -> Tenso
 class _Gated(Layer):
     """What the gated layers share: the activation that the config names, and the module that holds it."""
 
-    act: str
+    act: str | None
     act_fn: str = "act_fn"
 
     def kernel(self, module: Any) -> str:
-        """The op of the activation that the config names."""
-        return _GATES[getattr(module.config, self.act)].name
+        """The op of the activation."""
+        _, gate = self._named(module)
+        return gate.name if gate is not None else super().kernel(module)
+
+    def _named(self, module: Any) -> tuple[Any, _Gate | None]:
+        """What the activation is called, by the config or by its class, and the kernels of that."""
+        if self.act is None:
+            act_fn = getattr(module, self.act_fn, None)
+            return type(act_fn).__name__, _gate_of(act_fn)
+        name = getattr(getattr(module, "config", None), self.act, None)
+        return name, _GATES.get(name) if isinstance(name, str) else None
 
     def _activation_declines(self, module: Any) -> str | None:
         """Why the activation has no kernel, or is not the one that the config names."""
-        name = getattr(getattr(module, "config", None), self.act, None)
-        gate = _GATES.get(name) if isinstance(name, str) else None
-        if gate is None:
+        name, gate = self._named(module)
+        if gate is None and self.act is not None:
             return f"{self.act}={name!r} has no kernel (known: {', '.join(_GATES)})"
-        # The module may hold another activation than its config says: ask it, at a few points.
         act_fn = getattr(module, self.act_fn, None)
         if act_fn is None:
             return f"has no {self.act_fn}"
@@ -190,12 +206,10 @@ class _Gated(Layer):
             return f"a hook on its {self.act_fn} wants to be called"
         if _is_replaced(act_fn):
             return f"its {self.act_fn}.forward was replaced on the instance by {described(vars(act_fn)['forward'])}"
-        points = torch.linspace(-4, 4, 17, device="cpu")
-        with torch.no_grad():
-            same = torch.allclose(act_fn(points), gate.activation(points), rtol=0, atol=1e-6)
-        if not same:
+        # The module may hold another activation than its config or its class says: ask it, at a few points.
+        if gate is not None and not _computes(act_fn, gate.activation):
             return f"its {self.act_fn} does not compute {name}"
-        known = _gate_of(act_fn) is gate
+        known = gate is not None and _gate_of(act_fn) is gate
         return None if known else f"its {self.act_fn} is a {type(act_fn).__name__}, which has no kernel"
 
     def _children_decline(self, module: Any, expected: set[str]) -> str | None:
@@ -221,7 +235,8 @@ class GatedMLP(_Gated):
     The three projections are called as modules, so whatever wraps them (LoRA, quantisation, FSDP) keeps working.
 
     Attributes:
-        act: the config's attribute that names the activation.
+        act: the config's attribute that names the activation. None, where the module has no config: the activation
+            that it holds says by its class which one it is.
         act_fn: the module's attribute that holds it.
         dropout: the module's child that is applied before `down`, if it has one.
     """

@@ -229,8 +229,9 @@ class AdapterContract:
     def test_generate(self, device: torch.device) -> None:
         model = self.model(device).eval()
         prompt = self.inputs(model)["input_ids"]
-        if getattr(model.config, "output_router_logits", False):
-            model.config.output_router_logits = False  # transformers 5.17 cannot generate with them
+        for config in (model.config, model.config.get_text_config()):
+            if getattr(config, "output_router_logits", False):
+                config.output_router_logits = False  # transformers 5.17 cannot generate with them
         options = {"max_new_tokens": 4, "do_sample": False, "attention_mask": torch.ones_like(prompt)}
         before = model.generate(prompt, **options)
         self.apply(model)
@@ -332,7 +333,7 @@ class AdapterContract:
     def test_foreign_activation_is_declined(self, device: torch.device) -> None:
         layers = [layer for layer in self.adapter.modules.values() if not isinstance(layer, Stock)]
         gated = [layer for layer in layers if layer.kind in ("mlp", "experts")]
-        names = {getattr(layer, "act", "hidden_act") for layer in gated}
+        names = {getattr(layer, "act", None) or "hidden_act" for layer in gated}
         config = self.config()
         for part in filter(None, [config, *(getattr(config, name) for name in config.sub_configs)]):
             for name in names & vars(part).keys():
