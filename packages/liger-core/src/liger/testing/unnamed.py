@@ -33,7 +33,10 @@ def rotary_functions(modeling: Any, modules: Iterable[nn.Module]) -> set[str]:
 
 def language_parts(model: Any) -> list[nn.Module]:
     """The model's decoder, and its encoder where that takes text too; its towers for images and sound are left out."""
-    return [model.get_decoder(), *([model.get_encoder()] if model.config.is_encoder_decoder else [])]
+    if not model.config.is_encoder_decoder:
+        return [model.get_decoder()]
+    encoder = model.get_encoder()  # one that takes images too, as T5Gemma 2's, holds its own text model
+    return [model.get_decoder(), getattr(encoder, "text_model", encoder)]
 
 
 def unnamed(adapter: Adapter, model: nn.Module) -> Iterator[str]:
