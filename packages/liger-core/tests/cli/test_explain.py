@@ -100,6 +100,7 @@ def test_a_class_that_transformers_does_not_have_is_its_own_for_that_type(llama,
     [
         ("t5gemma", "T5GemmaForConditionalGeneration"),
         ("llava", "LlavaForConditionalGeneration"),
+        ("qwen2_5_omni", "Qwen2_5OmniForConditionalGeneration"),
         ("clip", "CLIPModel"),
     ],
 )

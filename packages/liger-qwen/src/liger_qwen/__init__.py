@@ -10,6 +10,11 @@ full attention. Of a linear attention only the gated norm of its output runs on 
 Of the models that see images (Qwen2-VL, Qwen2.5-VL, Qwen3-VL, Qwen 3.5) it is the language model and its loss; the
 vision tower keeps its own code, but for Qwen2.5-VL's norms, which are the language model's class. Positions of three
 axes have become plain cos and sin before attention sees them.
+
+Of Qwen2.5-Omni and Qwen3-Omni, which hear and speak too, it is the thinker, the language model that answers. Of what
+speaks (talker, code predictor, code to wave) only what is of the thinker's own classes runs on kernels, and each rotary
+embedding; its losses, over a few thousand codes, are transformers'. Qwen2.5-Omni's MLP has no config to name its
+activation.
 """
 
 from liger.adapter import Adapter
@@ -23,6 +28,7 @@ from liger_qwen.gated_rms_norm import GatedRMSNorm
 __all__ = [
     "__version__",
     "apply_liger_kernel_to_qwen2",
+    "apply_liger_kernel_to_qwen2_5_omni",
     "apply_liger_kernel_to_qwen2_5_vl",
     "apply_liger_kernel_to_qwen2_moe",
     "apply_liger_kernel_to_qwen2_vl",
@@ -31,9 +37,11 @@ __all__ = [
     "apply_liger_kernel_to_qwen3_5_moe",
     "apply_liger_kernel_to_qwen3_moe",
     "apply_liger_kernel_to_qwen3_next",
+    "apply_liger_kernel_to_qwen3_omni_moe",
     "apply_liger_kernel_to_qwen3_vl",
     "apply_liger_kernel_to_qwen3_vl_moe",
     "qwen2",
+    "qwen2_5_omni",
     "qwen2_5_vl",
     "qwen2_moe",
     "qwen2_vl",
@@ -42,6 +50,7 @@ __all__ = [
     "qwen3_5_moe",
     "qwen3_moe",
     "qwen3_next",
+    "qwen3_omni_moe",
     "qwen3_vl",
     "qwen3_vl_moe",
 ]
@@ -164,6 +173,28 @@ qwen3_5_moe = Adapter(
     head=(CausalLM("Qwen3_5MoeForCausalLM"), CausalLM("Qwen3_5MoeForConditionalGeneration")),
 )
 
+qwen2_5_omni = Adapter(
+    modeling="transformers.models.qwen2_5_omni.modeling_qwen2_5_omni",
+    modules={
+        "Qwen2_5OmniRMSNorm": RMSNorm(eps="variance_epsilon"),
+        "Qwen2MLP": GatedMLP(act=None),
+    },
+    functions={"apply_rotary_pos_emb": rotary},
+    head=CausalLM("Qwen2_5OmniThinkerForConditionalGeneration"),
+)
+
+qwen3_omni_moe = Adapter(
+    modeling="transformers.models.qwen3_omni_moe.modeling_qwen3_omni_moe",
+    modules={
+        "Qwen3OmniMoeThinkerTextRMSNorm": RMSNorm(eps="variance_epsilon"),
+        "Qwen3OmniMoeTextRMSNorm": RMSNorm(eps="variance_epsilon"),
+        "Qwen3OmniMoeThinkerTextMLP": GatedMLP(act="hidden_act"),
+        "Qwen3OmniMoeThinkerTextExperts": Experts(act="hidden_act"),
+    },
+    functions={"apply_rotary_pos_emb": rotary},
+    head=CausalLM("Qwen3OmniMoeThinkerForConditionalGeneration"),
+)
+
 apply_liger_kernel_to_qwen2 = apply_liger_kernel(qwen2)
 apply_liger_kernel_to_qwen2_vl = apply_liger_kernel(qwen2_vl)
 apply_liger_kernel_to_qwen2_5_vl = apply_liger_kernel(qwen2_5_vl)
@@ -175,3 +206,5 @@ apply_liger_kernel_to_qwen3_vl = apply_liger_kernel(qwen3_vl)
 apply_liger_kernel_to_qwen3_vl_moe = apply_liger_kernel(qwen3_vl_moe)
 apply_liger_kernel_to_qwen3_5 = apply_liger_kernel(qwen3_5)
 apply_liger_kernel_to_qwen3_5_moe = apply_liger_kernel(qwen3_5_moe)
+apply_liger_kernel_to_qwen2_5_omni = apply_liger_kernel(qwen2_5_omni)
+apply_liger_kernel_to_qwen3_omni_moe = apply_liger_kernel(qwen3_omni_moe)

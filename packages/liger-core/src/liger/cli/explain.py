@@ -116,7 +116,7 @@ def _build(config: Any) -> nn.Module:
         cls = getattr(transformers, name, None)
         if isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel):
             return cls(config)
-    tasks = ("ForCausalLM", "ForSeq2SeqLM", "ForImageTextToText", "")
+    tasks = ("ForCausalLM", "ForSeq2SeqLM", "ForImageTextToText", "ForMultimodalLM", "")
     autos = (getattr(transformers, f"AutoModel{task}") for task in tasks)
     auto = next((auto for auto in autos if type(config) in auto._model_mapping), transformers.AutoModel)
     return auto.from_config(config, trust_remote_code=False)
