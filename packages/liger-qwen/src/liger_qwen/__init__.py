@@ -14,7 +14,7 @@ axes have become plain cos and sin before attention sees them.
 Of Qwen2.5-Omni and Qwen3-Omni, which hear and speak too, it is the thinker, the language model that answers. Of what
 speaks (talker, code predictor, code to wave) only what is of the thinker's own classes runs on kernels, and each rotary
 embedding; its losses, over a few thousand codes, are transformers'. Qwen2.5-Omni's MLP has no config to name its
-activation.
+activation. Qwen3-ASR's language model is Qwen 3's, and its own file has the head alone.
 """
 
 from liger.adapter import Adapter
@@ -35,6 +35,7 @@ __all__ = [
     "apply_liger_kernel_to_qwen3",
     "apply_liger_kernel_to_qwen3_5",
     "apply_liger_kernel_to_qwen3_5_moe",
+    "apply_liger_kernel_to_qwen3_asr",
     "apply_liger_kernel_to_qwen3_moe",
     "apply_liger_kernel_to_qwen3_next",
     "apply_liger_kernel_to_qwen3_omni_moe",
@@ -48,6 +49,7 @@ __all__ = [
     "qwen3",
     "qwen3_5",
     "qwen3_5_moe",
+    "qwen3_asr",
     "qwen3_moe",
     "qwen3_next",
     "qwen3_omni_moe",
@@ -195,6 +197,11 @@ qwen3_omni_moe = Adapter(
     head=CausalLM("Qwen3OmniMoeThinkerForConditionalGeneration"),
 )
 
+qwen3_asr = Adapter(
+    modeling="transformers.models.qwen3_asr.modeling_qwen3_asr",
+    head=CausalLM("Qwen3ASRForConditionalGeneration"),
+)
+
 apply_liger_kernel_to_qwen2 = apply_liger_kernel(qwen2)
 apply_liger_kernel_to_qwen2_vl = apply_liger_kernel(qwen2_vl)
 apply_liger_kernel_to_qwen2_5_vl = apply_liger_kernel(qwen2_5_vl)
@@ -208,3 +215,4 @@ apply_liger_kernel_to_qwen3_5 = apply_liger_kernel(qwen3_5)
 apply_liger_kernel_to_qwen3_5_moe = apply_liger_kernel(qwen3_5_moe)
 apply_liger_kernel_to_qwen2_5_omni = apply_liger_kernel(qwen2_5_omni)
 apply_liger_kernel_to_qwen3_omni_moe = apply_liger_kernel(qwen3_omni_moe)
+apply_liger_kernel_to_qwen3_asr = apply_liger_kernel(qwen3_asr)
