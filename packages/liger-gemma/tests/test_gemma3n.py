@@ -8,9 +8,7 @@ from torch import nn
 from transformers import Gemma3nAudioConfig, Gemma3nConfig, Gemma3nTextConfig, SiglipVisionConfig
 from transformers.models.gemma3n import modeling_gemma3n
 
-from liger.lazy_logits import LazyLogits
 from liger.testing import TINY, AdapterContract
-from liger.testing.parity import assert_same_step, in_fp64
 from liger.testing.tiny import batch, build
 from liger_gemma import apply_liger_kernel_to_gemma3n, gemma3n
 
@@ -76,24 +74,33 @@ def test_an_mlp_without_the_method_is_declined(device):
     assert gemma3n.modules["Gemma3nTextMLP"].declines(mlp) == "has no method _gaussian_topk"
 
 
-def test_the_model_that_takes_images_and_sound_too(device, path):
+class TestGemma3nWithTowers(AdapterContract):
     """Given text, and with a tower of another model in the place of timm's, which need not be installed."""
-    tower = SiglipVisionConfig(
-        hidden_size=32, intermediate_size=40, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14
-    )
-    for name, value in {"vocab_offset": 97, "vocab_size": 1, "rms_norm_eps": 1e-3}.items():
-        setattr(tower, name, value)
-    sound = {"hidden_size": 16, "conf_num_hidden_layers": 1, "conf_num_attention_heads": 2, "input_feat_size": 16}
-    config = Gemma3nConfig(
-        text_config=Gemma3nTextConfig(**CONFIG),
-        audio_config=Gemma3nAudioConfig(**sound, sscp_conv_channel_size=[8, 4], vocab_offset=98, vocab_size=1),
-        image_token_id=96,
-        audio_token_id=97,
-        attn_implementation="eager",
-    )
-    object.__setattr__(config, "vision_config", tower)
-    stock, patched = (build(modeling_gemma3n.Gemma3nForConditionalGeneration, config, device) for _ in range(2))
-    patch = apply_liger_kernel_to_gemma3n(patched)
-    assert not [declined for declined in patch.declined if declined.kind == "loss"]
-    assert isinstance(patched(**batch(90, device)).logits, LazyLogits)
-    assert_same_step(patched, stock, in_fp64(stock), batch(90, device))
+
+    adapter = gemma3n
+    model_class = "Gemma3nForConditionalGeneration"
+
+    def config(self):
+        tower = SiglipVisionConfig(
+            hidden_size=32, intermediate_size=40, num_hidden_layers=1, num_attention_heads=2, image_size=28,
+            patch_size=14,
+        )  # fmt: skip
+        for name, value in {"vocab_offset": 50, "vocab_size": 48, "rms_norm_eps": 1e-3}.items():
+            setattr(tower, name, value)
+        sound = {"hidden_size": 16, "conf_num_hidden_layers": 1, "conf_num_attention_heads": 2, "input_feat_size": 16}
+        config = Gemma3nConfig(
+            text_config=Gemma3nTextConfig(**CONFIG),
+            audio_config=Gemma3nAudioConfig(**sound, sscp_conv_channel_size=[8, 4], vocab_offset=98, vocab_size=1),
+            image_token_id=96,
+            audio_token_id=97,
+            attn_implementation="eager",
+        )
+        object.__setattr__(config, "vision_config", tower)
+        return config
+
+    def inputs(self, model):
+        return batch(90, model.device)
+
+    @pytest.mark.xfail(reason="a saved config is read with timm's tower")
+    def test_save_pretrained(self, device, tmp_path):
+        super().test_save_pretrained(device, tmp_path)

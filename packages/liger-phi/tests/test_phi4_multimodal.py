@@ -18,8 +18,7 @@ class TestPhi4Multimodal(AdapterContract):
     adapter = phi4_multimodal
     declines: ClassVar = {
         "mlp": "^is the tower's for sound, and gates by its second half",
-        "Phi4MultimodalAudioMeanVarianceNormLayer": "^shifts and scales by two constants",
-        "nn.LayerNorm": "^is a tower's",
+        "norm": "^(shifts and scales by two constants|is a tower's)",
     }
 
     def config(self):

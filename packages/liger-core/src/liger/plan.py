@@ -132,8 +132,6 @@ def plan(model: nn.Module, adapters: Iterable[Adapter], switches: Switches = DEF
 def _add(found: Plan, planned: dict[nn.Module, type[nn.Module]], proposals: Iterable[_Proposal]) -> None:
     for name, module, kind, cls, runs, reason, subclass, recipe in proposals:
         if reason is None and module in planned:
-            if planned[module]._recipe[0] is subclass:  # type: ignore[attr-defined]
-                continue  # the head of a language model, which the model around it uses too
             reason = "its class is swapped for another part already"
         if isinstance(module, Swappable):
             found.already.append(name)

@@ -47,10 +47,7 @@ llama4 = Adapter(
         "Llama4TextExperts": Llama4Experts(),
     },
     functions={"apply_rotary_emb": "rotates neighbours by complex factors; the kernel rotates halves by cos and sin"},
-    head=(
-        CausalLM("Llama4ForCausalLM"),
-        CausalLM("Llama4ForConditionalGeneration", head="language_model.lm_head"),
-    ),
+    head=CausalLM("Llama4ForCausalLM"),
 )
 
 mllama = Adapter(
