@@ -451,6 +451,27 @@ def test_same_bits_every_time(device, path, chunk_rows):
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
 
+def test_the_weights_gradient_of_what_text_is_like(device, path, chunk_rows, monkeypatch):
+    """Targets by Zipf's law, which the bias knows: to a frequent class every chunk adds no small part."""
+    if path == "kernel" and device.type == "cpu":
+        pytest.skip("the interpreter takes too long")
+    monkeypatch.setattr(linear_chunks, "FREQUENT", 256)
+    chunk_rows(256)
+    rows, classes, width = 2048, 16384, 64
+    often = 1 / torch.arange(1, classes + 1, device=device)
+    target = torch.multinomial(often, rows, replacement=True)
+    weight = 0.3 * torch.randn(classes, width, device=device)
+    tensors = (*(t.bfloat16() for t in (torch.randn(rows, width, device=device), weight, often.log())), target)
+    exact = run(naive, *(t.double() for t in tensors[:3]), target)[2]
+
+    def error(function):
+        return relative_error(run(function, *tensors)[2], exact)
+
+    ours, own = error(linear_cross_entropy), error(naive)
+    monkeypatch.setattr(linear_chunks, "FREQUENT", 0)
+    assert ours < 1.5 * own < 0.95 * error(linear_cross_entropy)
+
+
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_compiles_without_a_graph_break_on_the_cpu(monkeypatch, chunk_rows, reduction):
     monkeypatch.setattr(importlib.import_module("liger.ops.launch"), "enabled", False)

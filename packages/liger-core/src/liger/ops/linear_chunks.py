@@ -7,7 +7,8 @@ db before the next one.
 
 The products are matmuls of the compute dtype, which sum in fp32; db is summed in fp32 (fp64 for fp64). dW is summed
 over the chunks in a dtype that the op chooses, rounded once a chunk. Of more chunks than `updates` allows it is summed
-in fp32 and rounded at the end.
+in fp32 and rounded at the end; so are, in any case, the rows of the classes that are most often targets. Of text, whose
+few most frequent tokens are most of it, they are what the roundings would add up in.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ CPU_CHUNK_BYTES = 8 * 2**20
 TILE = 128  # rows that the matmuls work on at once
 LINE = 64  # columns: rows that start 128 bytes apart, or a multiple of that, are read and written 16 bytes at a time
 UPDATES = 8  # the most that a sum in bf16 is rounded
+FREQUENT = 1024  # classes whose rows of dW are summed in fp32 in any case
 _SPARSE = 7  # more classes than so many times the rows
 _ROWS_PER_UPDATE = 1280  # rows whose product with x takes longer than reading and writing dW
 _WIDE_ROWS = 256  # rows of logits that may exist in fp32
@@ -146,10 +148,7 @@ def add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
         torch.addmm(total, a, b, out_dtype=total.dtype, beta=beta, out=total)
     else:
         product = torch.mm(a, b, out=a.new_empty(total.shape))  # with `out`, autocast of a backward has no say
-        if first:
-            total.copy_(product)
-        else:
-            total.add_(product)
+        (total.copy_ if first else total.add_)(product)
 
 
 def needed(input: Tensor, weight: Tensor, bias: Tensor | None) -> Needs:
@@ -173,16 +172,17 @@ def empty_gradients(
 
 def through_chunks(
     input: Tensor, weight: Tensor, bias: Tensor | None, compute_dtype: torch.dtype,
-    accum_dtype: torch.dtype, fill: Callable[[Tensor, slice], None], needs: Needs, *, buffers: int = 1,
-    planned_columns: int | None = None,
+    accum_dtype: torch.dtype, fill: Callable[[Tensor, slice], None], needs: Needs, *, labels: Tensor | None = None,
+    buffers: int = 1, planned_columns: int | None = None,
 ) -> Gradients:  # fmt: skip
     """(dx, dW, db), from what `fill(logits, rows)` leaves in the place of the logits of every chunk.
 
     What is not needed has no elements. dW has the dtype `accum_dtype`. The rows of logits have memory to spare, up to
     `logits.stride(0)` columns.
 
-    `buffers`: how many tensors of the logits' size the op holds for a chunk. `planned_columns`: how many rows of the
-    weight the chunks are planned for; where ranks hold parts of it, all must go through the same chunks.
+    `labels`: (M,), the targets; what is out of range is none of a class. `buffers`: how many tensors of the logits'
+    size the op holds for a chunk. `planned_columns`: how many rows of the weight the chunks are planned for; where
+    ranks hold parts of it, all must go through the same chunks.
     """
     needs_input, needs_weight, needs_bias = needs
     rows, columns = input.shape[0], weight.shape[0]
@@ -197,6 +197,10 @@ def through_chunks(
     if not rows:
         return dx, dw.zero_(), db.zero_()
 
+    often = None
+    if labels is not None and needs_weight and sum_dtype.itemsize == 2 and len(parts) > 2:
+        classes = _most_frequent(labels, columns)
+        often = classes, input.new_empty((len(classes), input.shape[1]), dtype=torch.float32)
     buffer = empty_logits(input, longest, columns, compute_dtype)
     w = weight.to(compute_dtype)
     b = None if bias is None else bias.to(compute_dtype)
@@ -211,12 +215,24 @@ def through_chunks(
                 add_product(dx[start:stop], gradient, _rows(w, part), first=number == 0)
             if needs_weight:
                 add_product(_rows(dw, part), gradient.t(), x, first=start == 0)
+        if often is not None:
+            add_product(often[1], logits.index_select(1, often[0]).t(), x, first=start == 0)
         if needs_bias and start == 0:
             torch.sum(logits, 0, dtype=db.dtype, out=db)
         elif needs_bias:
             db += logits.sum(0, dtype=db.dtype)
     del buffer, logits, gradient  # before there is a dW of another dtype
+    if often is not None:
+        dw.index_copy_(0, often[0], often[1].to(dw.dtype))
     return dx, dw.to(accum_dtype), db
+
+
+def _most_frequent(labels: Tensor, classes: int) -> Tensor:
+    """The FREQUENT classes that are most often among labels, found without waiting for the GPU."""
+    there = (labels >= 0) & (labels < classes)
+    counts = labels.new_zeros(classes + 1, dtype=torch.int32)
+    counts.scatter_add_(0, torch.where(there, labels, classes).long(), there.int())
+    return counts[:classes].topk(min(FREQUENT, classes), sorted=False).indices
 
 
 def given(

@@ -83,7 +83,8 @@ def _run(
             padded=logits.stride(0),
         )  # fmt: skip
 
-    return loss, log_sum, *through_chunks(input, weight, bias, compute_dtype, accum_dtype, fill, needs)
+    gradients = through_chunks(input, weight, bias, compute_dtype, accum_dtype, fill, needs, labels=target)
+    return loss, log_sum, *gradients
 
 
 # For torch.compile: dynamo sees one opaque operation, not a loop to unroll. Outside it would only cost host time.

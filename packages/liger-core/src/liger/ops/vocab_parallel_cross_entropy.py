@@ -97,7 +97,9 @@ class _VocabParallel(torch.autograd.Function):
 
         widest = -(-classes // dist.get_world_size(group))
         compute_dtype, accum_dtype = dtypes
-        gradients = through_chunks(input, weight, bias, compute_dtype, accum_dtype, fill, needs, planned_columns=widest)
+        gradients = through_chunks(
+            input, weight, bias, compute_dtype, accum_dtype, fill, needs, labels=label, planned_columns=widest
+        )
         ctx.save_for_backward(input, weight, bias, label, denominator, lse, *gradients)
         ctx.needs, ctx.dtypes, ctx.options, ctx.group = needs, dtypes, own, group
         ctx.is_used = False
@@ -117,7 +119,7 @@ class _VocabParallel(torch.autograd.Function):
                 )  # fmt: skip
 
             compute_dtype, accum_dtype = ctx.dtypes
-            dx, dw, db = through_chunks(input, weight, bias, compute_dtype, accum_dtype, fill, ctx.needs)
+            dx, dw, db = through_chunks(input, weight, bias, compute_dtype, accum_dtype, fill, ctx.needs, labels=label)
         else:
             ctx.is_used = True
             _, late = early_and_late(denominator, ctx.dtypes[0])
