@@ -1,7 +1,8 @@
 """What summing dW over chunks in bf16 costs in exactness where labels are like text's, simulated on a CPU.
 
 `python -m benchmarks.roundings`, in minutes. Labels follow Zipf's law; the logits are its logarithms, with noise, and
-with something more at the label for a model that knows it. As on a GPU, a chunk's product is rounded before it is added.
+with something more at the label for a model that knows it. As on a GPU, a chunk's product is rounded before it is
+added.
 """
 
 from __future__ import annotations
