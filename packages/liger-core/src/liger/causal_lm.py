@@ -166,10 +166,7 @@ class CausalLM:
                 return None
             return LossRequest(labels, spec.loss, spec.after_head(self), kwargs, known)
 
-        @functools.wraps(stock)
         def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            if base.forward is not stock:  # replaced since, for every model
-                return base.forward(self, *args, **kwargs)
             request, requests = requested(self, args, kwargs), running.requests
             heads = list(spec.heads(self).values())
             if request is None and self not in requests and not _is_asked_by_a_stranger(self, heads):
@@ -198,7 +195,7 @@ class CausalLM:
 
     def head_members(self, base: type[nn.Module]) -> dict[str, Any]:
         """`forward` for a subclass of the head's class `base`."""
-        return {"forward": _answering(base.forward, base)}
+        return {"forward": _answering(base.forward)}
 
     def parallel_head_members(self) -> dict[str, Any]:
         """The same for a head on whose instance transformers' tensor parallelism has put a forward of its own."""
@@ -212,16 +209,10 @@ def _mentions(cls: type[nn.Module], *parts: str) -> bool:
     return any(part in word for word in words for part in parts)
 
 
-def _answering(stock: Callable[..., Tensor], base: Any = None) -> Callable[..., Tensor]:
-    """A head's forward that computes the loss where it is asked for and can be, and runs `stock` elsewhere.
+def _answering(stock: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A head's forward that computes the loss where it is asked for and can be, and runs `stock` elsewhere."""
 
-    Where the class `base` no longer has `stock`, what it has instead runs.
-    """
-
-    @functools.wraps(stock)
     def forward(self: nn.Module, input: Tensor) -> Tensor:
-        if base is not None and base.forward is not stock:
-            return base.forward(self, input)
         request = running.requests.get(self)
         if request is None or not request.can_fuse(self, input):
             return stock(self, input)

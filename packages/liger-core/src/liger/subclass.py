@@ -51,15 +51,29 @@ def _subclass(
 ) -> type[nn.Module]:
     """A subclass of `base` that answers to its name; `recipe` makes an instance of it in another process.
 
-    Its repr says which kernel it runs.
+    Its repr says which kernel it runs. A method of `base` that somebody replaces later, for every model, runs instead
+    of ours.
     """
     identity = {name: getattr(base, name) for name in ("__module__", "__qualname__", "__doc__")}
 
     def extra_repr(self: nn.Module) -> str:
         return ", ".join(filter(None, [base.extra_repr(self), f"liger={kernel(self)}"]))
 
-    own = {**identity, **members, "extra_repr": extra_repr, "_recipe": recipe}
+    heeding = {name: _heeding(base, name, ours) for name, ours in members.items() if isinstance(ours, FunctionType)}
+    own = {**identity, **members, **heeding, "extra_repr": extra_repr, "_recipe": recipe}
     return type(base.__name__, (Swappable, base), own)
+
+
+def _heeding(base: Any, name: str, ours: Callable[..., Any]) -> Callable[..., Any]:
+    """`ours` with the signature of the method of `base`, and as long as that is what it is now."""
+    stock = getattr(base, name)
+
+    @functools.wraps(stock)
+    def method(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        now = getattr(base, name)
+        return ours(self, *args, **kwargs) if now is stock else now(self, *args, **kwargs)
+
+    return method
 
 
 def _cached(make: Callable[[Any, Any], type[nn.Module]]) -> Callable[[Any, Any], type[nn.Module]]:
@@ -80,10 +94,7 @@ def layer_class(base: Any, layer: Layer) -> type[nn.Module]:
     theirs, ours = (list(inspect.signature(f).parameters)[1:] for f in (stock, compute))
     names = dict(zip(theirs, ours, strict=False))
 
-    @functools.wraps(stock)
     def method(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if getattr(base, layer.method) is not stock:  # replaced since, for every model
-            return getattr(base, layer.method)(self, *args, **kwargs)
         return compute(self, *args, **{names.get(name, name): value for name, value in kwargs.items()})
 
     return _subclass(base, {layer.method: method}, (layer_class, base, layer), layer.kernel)
@@ -96,11 +107,8 @@ def function_class(base: Any, ops: tuple[tuple[str, Callable[..., Any]], ...]) -
     own, follow = _globals_but_for(inspect.unwrap(stock), dict(ops))
     over = _over(stock, own)
 
-    @functools.wraps(stock)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if not torch.compiler.is_compiling():
-            if base.forward is not stock:  # replaced since, for every model
-                return base.forward(self, *args, **kwargs)
             follow()
         return over(self, *args, **kwargs)
 
@@ -183,11 +191,6 @@ def parallel_head_class(base: Any, spec: CausalLM) -> type[nn.Module]:
 @_cached
 def recompute_class(base: Any, _: None) -> type[nn.Module]:
     """`base`, during whose forward autograd keeps no tensor that one cheap pass rebuilds."""
-
-    @functools.wraps(base.forward)
-    def present(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return base.forward(self, *args, **kwargs)
-
     return _subclass(
-        base, {"forward": forward_in_region(present)}, (recompute_class, base, None), lambda _: "recompute"
+        base, {"forward": forward_in_region(base.forward)}, (recompute_class, base, None), lambda _: "recompute"
     )
