@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from data_parallel import STRATEGIES, batches, check_step, in_fp64, on_one_process, wrapped_llama
-from pair import RANK, Case
+from pair import RANK, Case, skip_alone
 
 CASES: dict[str, Case] = {}
 
@@ -32,6 +32,8 @@ def same(logits: torch.Tensor, expected: torch.Tensor) -> None:
 
 
 def before_backward(name: str) -> None:
+    if BEFORE_BACKWARD[name]:
+        skip_alone()
     strategy, options = STRATEGIES[name]
     stock, wrapped = wrapped_llama(strategy, late=False, **options)
     inputs = batches()

@@ -100,6 +100,12 @@ def run(folder: Path, names: list[str]) -> None:
     dist.destroy_process_group()
 
 
+def skip_alone() -> None:
+    """Skip a case of what is divided among processes where there is one (`on_gpus.py` on one GPU)."""
+    if WORLD == 1:
+        raise SkipTest("one process holds the whole")
+
+
 def is_fine(outcome: str) -> bool:
     """Whether a case passed, or said why it could not run."""
     return outcome == PASSED or outcome.startswith(SKIPPED)

@@ -24,7 +24,7 @@ from liger.lazy_logits import LazyLogits
 from liger.ops import launch
 from liger.sharded_head import is_vocab_parallel
 from liger.testing.tiny import batch
-from pair import DEVICE, WORLD, Case
+from pair import DEVICE, WORLD, Case, skip_alone
 from vocab_parallel import whole
 
 CASES: dict[str, Case] = {}
@@ -42,6 +42,7 @@ def by_torch(style: Any) -> Place:
 
 def by_transformers(model: Any) -> Any:
     """As `from_pretrained(…, tp_plan="auto")` makes it: attention, MLP and head on the ranks."""
+    skip_alone()
     folder = [tempfile.mkdtemp()]
     dist.broadcast_object_list(folder)
     model.save_pretrained(folder[0])
@@ -106,6 +107,7 @@ CASES["tensor parallel, rowwise head returns logits"] = partial(
 
 def part_of_the_logits() -> None:
     """A head that returns its rank's columns: the loss is right, where stock has none, and the logits say why not."""
+    skip_alone()
     launch.enabled = ON.type == "cuda"
     stock, inputs = llama(vocab_size=CLASSES), batch(CLASSES, ON)
     patched = by_torch(ColwiseParallel())(copy.deepcopy(stock))

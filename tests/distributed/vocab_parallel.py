@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from data_parallel import ON
 from liger.ops import launch, linear_chunks, linear_cross_entropy, vocab_parallel_linear_cross_entropy
 from liger.testing.parity import assert_each_as_exact_as
-from pair import DEVICE, WORLD, Case
+from pair import DEVICE, WORLD, Case, skip_alone
 
 CASES: dict[str, Case] = {}
 CLASSES, ROWS, H = 101, 9, 8  # the classes lie on the ranks in unequal parts
@@ -164,6 +164,7 @@ def part_of_minus_infinity() -> None:
 
 
 def refuses() -> None:
+    skip_alone()
     given, mesh = tensors(), init_device_mesh(DEVICE, (WORLD,))
     x, weight, target = given["x"], given["weight"], given["target"]
     columns = distribute_tensor(weight, mesh, [Shard(1)])

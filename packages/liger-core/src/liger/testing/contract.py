@@ -337,7 +337,7 @@ class AdapterContract:
         config = self.config()
         for part in filter(None, [config, *(getattr(config, name) for name in config.sub_configs)]):
             for name in names & vars(part).keys():
-                setattr(part, name, "relu")
+                setattr(part, name, "sigmoid")  # not relu: its kink makes a rounding of much
         cls = getattr(self.adapter.module(), self.language_model)
         stock, patched = build(cls, config, device), build(cls, config, device)
         patch = self.apply(patched)
