@@ -52,7 +52,7 @@ def quantised(folder, device):
 
 
 def losses_of_training(model, inputs, autocast):
-    optimizer, losses = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0), []
+    optimizer, losses = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.3), []
     for _ in range(STEPS):
         with torch.autocast(inputs["labels"].device.type, dtype=torch.bfloat16, enabled=autocast):
             outputs = model(**inputs)
