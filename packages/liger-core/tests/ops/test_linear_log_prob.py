@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from liger.ops import linear_chunks, linear_log_prob, linear_slices
+from liger.ops import launch, linear_chunks, linear_log_prob, linear_slices
 from liger.testing import assert_as_exact_as
 from liger.testing.error_rule import relative_error
 
@@ -297,13 +297,27 @@ def test_the_entropys_gradient_is_left_out_where_nobody_uses_it(path, monkeypatc
     original = module.differentiate_rows
 
     def recorded(*args):
-        seen.append([g is not None for g in args[5:7]])
+        seen.append([g is not None for g in args[6:8]])
         original(*args)
 
     monkeypatch.setattr(module, "differentiate_rows", recorded)
     for used in USED.values():
         run(linear_log_prob, *some(3, 8, 20, "cpu"), used=used)
     assert seen == [list(used) for used in USED.values()]
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["kernels, then torch", "torch, then kernels"])
+def test_backward_may_take_another_path_than_forward(device, monkeypatch, first):
+    """As where another thread, or the caller of backward, is inside one of torch's transforms."""
+    x, weight, bias, target = some(7, 16, 60, device, torch.float32, ignored=[1])
+    leaves = [t.requires_grad_() for t in (x, weight, bias)]
+    gradients = []
+    for forward, backward in [(first, not first), (False, False)]:
+        monkeypatch.setattr(launch, "enabled", forward)
+        outputs = linear_log_prob(x, weight, target, linear_bias=bias, temperature=0.7, softcap=3.0)
+        monkeypatch.setattr(launch, "enabled", backward)
+        gradients.append(torch.autograd.grad(outputs.log_prob.sum() + outputs.entropy.sum(), leaves))
+    torch.testing.assert_close(*gradients)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -34,9 +34,9 @@ from liger.ops.linear_chunks import (
 )
 from liger.ops.linear_slices import through_slices
 from liger.ops.log_prob_rows import differentiate_rows, measure_rows
-from liger.ops.loss_rows import Options
 from liger.ops.named import named
 from liger.ops.once_differentiable import once_differentiable
+from liger.ops.scaling import Scaling
 
 
 class LogProb(NamedTuple):
@@ -63,15 +63,15 @@ def _forward_outputs(input: Tensor, compute_dtype: torch.dtype) -> tuple[Tensor,
 
 def _run_forward(
     input: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, compute_dtype: torch.dtype, temperature: float,
-    ignore_index: int, label_smoothing: float, z_loss: float, softcap: float | None, logit_scale: float,
+    ignore_index: int, logit_scale: float, softcap: float | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """(log_prob, entropy, is_top1, statistics of every row) of (M, H) input."""
-    options = Options(ignore_index, label_smoothing, z_loss, softcap, logit_scale)
+    scaling = Scaling(logit_scale, softcap)
     outputs = _forward_outputs(input, compute_dtype)
 
     def fill(logits: Tensor, rows: slice) -> None:
         log_prob, entropy, is_top1, statistics = (t[rows] for t in outputs)
-        measure_rows(logits, target[rows], options, temperature, log_prob, entropy, is_top1, statistics)
+        measure_rows(logits, target[rows], ignore_index, scaling, temperature, log_prob, entropy, is_top1, statistics)
 
     no = (False, False, False)
     through_chunks(input, weight, bias, compute_dtype, weight.dtype, fill, no)
@@ -81,17 +81,17 @@ def _run_forward(
 def _run_backward(
     input: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, statistics: Tensor,
     log_prob_gradient: Tensor | None, entropy_gradient: Tensor | None, needs_input: bool, needs_weight: bool,
-    needs_bias: bool, compute_dtype: torch.dtype, temperature: float, ignore_index: int, label_smoothing: float,
-    z_loss: float, softcap: float | None, logit_scale: float,
+    needs_bias: bool, compute_dtype: torch.dtype, temperature: float, ignore_index: int, logit_scale: float,
+    softcap: float | None,
 ) -> Gradients:  # fmt: skip
     """(dx, dW, db) of (M, H) input; empty what is not needed. An upstream gradient that is None costs nothing."""
-    options = Options(ignore_index, label_smoothing, z_loss, softcap, logit_scale)
+    scaling = Scaling(logit_scale, softcap)
 
     def fill(logits: Tensor, rows: slice, first_class: int) -> None:
         log_prob, entropy = (None if g is None else g[rows] for g in (log_prob_gradient, entropy_gradient))
         differentiate_rows(
-            logits, target[rows], options, temperature, statistics[rows], log_prob, entropy, first_class,
-            weight.shape[0],
+            logits, target[rows], ignore_index, scaling, temperature, statistics[rows], log_prob, entropy,
+            first_class, weight.shape[0],
         )  # fmt: skip
 
     return through_slices(input, weight, bias, compute_dtype, fill, (needs_input, needs_weight, needs_bias))
@@ -123,12 +123,14 @@ class _LinearLogProb(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor,
-        needs: tuple[bool, bool, bool], compute_dtype: torch.dtype, temperature: float, options: Options,
+        needs: tuple[bool, bool, bool], compute_dtype: torch.dtype, temperature: float, ignore_index: int,
+        scaling: Scaling,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         run = _forward_as_op if torch.compiler.is_compiling() else _run_forward
-        log_prob, entropy, is_top1, statistics = run(input, weight, bias, target, compute_dtype, temperature, *options)
+        options = (compute_dtype, temperature, ignore_index, *scaling)
+        log_prob, entropy, is_top1, statistics = run(input, weight, bias, target, *options)
         ctx.save_for_backward(input, weight, bias, target, statistics)
-        ctx.needs, ctx.compute_dtype, ctx.temperature, ctx.options = needs, compute_dtype, temperature, options
+        ctx.needs, ctx.options = needs, options
         ctx.mark_non_differentiable(is_top1)
         ctx.set_materialize_grads(False)
         return log_prob, entropy, is_top1
@@ -141,10 +143,9 @@ class _LinearLogProb(torch.autograd.Function):
         input, weight, bias, target, statistics = ctx.saved_tensors
         run: Callable[..., Gradients] = _backward_as_op if torch.compiler.is_compiling() else _run_backward
         gradients = run(
-            input, weight, bias, target, statistics, log_prob_gradient, entropy_gradient, *ctx.needs,
-            ctx.compute_dtype, ctx.temperature, *ctx.options,
-        )  # fmt: skip
-        return *given(gradients, ctx.needs, weight, bias), *(None,) * 5
+            input, weight, bias, target, statistics, log_prob_gradient, entropy_gradient, *ctx.needs, *ctx.options
+        )
+        return *given(gradients, ctx.needs, weight, bias), *(None,) * 6
 
 
 def linear_log_prob(
@@ -203,6 +204,6 @@ def linear_log_prob(
     x, labels = input.reshape(-1, input.shape[-1]), target.reshape(-1).contiguous()
     outputs = _LinearLogProb.apply(
         x, linear_weight, linear_bias, labels, needed(x, linear_weight, linear_bias), compute_dtype,
-        temperature, options,
+        temperature, options.ignore_index, options.scaling,
     )  # fmt: skip
     return LogProb(*(t.view(target.shape) for t in outputs))

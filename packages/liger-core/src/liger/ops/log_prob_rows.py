@@ -16,9 +16,10 @@ All of it runs in fp32 (the reference on fp64: in fp64), and dx is rounded once.
 certainty, log p_t and the entropy have digits that a sum with m would have lost; a and gap are never negative.
 
 One kernel reads each logit once, for everything that forward returns. The other reads some columns once more and writes
-the gradient in their place. Both take differences first, which are exact where logits are near each other, and then
-turn them into what `exp2` takes, by coldness = log₂ e / T: their m is that of T z, their a and gap are in base 2.
-log_prob is kept for backward, whose products may round otherwise: near certainty 1 − p_t would be that rounding.
+the gradient in their place. They and the references take differences first, which are exact where logits are near each
+other, and then turn them into what `exp2` takes, by coldness = log₂ e / T: their m is that of T z, their a, gap and
+log_prob are in base 2. log_prob is kept for backward, whose products may round otherwise: near certainty 1 − p_t would
+be that rounding.
 """
 
 from __future__ import annotations
@@ -29,57 +30,55 @@ import torch
 from torch import Tensor
 
 from liger.ops.launch import jit, l2_bytes, launch, next_power_of_2, runs_kernels, tl
-from liger.ops.loss_rows import Options, tile_of
-from liger.ops.scaling import reference_c, reference_z, scaled_z, softcap_c
+from liger.ops.loss_rows import tile_of
+from liger.ops.scaling import Scaling, reference_c, reference_z, scaled_z, softcap_c
 
-_LOG2_E = math.log2(math.e)
+_LOG2_E, _LN_2 = math.log2(math.e), math.log(2)
 _FAR = -1e4  # exp of it is 0 in every dtype, and 0 · it is 0, where 0 · -inf would be NaN
 
 
 def _reference_measure(
-    logits: Tensor, target: Tensor, options: Options, temperature: float, log_prob: Tensor, entropy: Tensor,
-    is_top1: Tensor, statistics: Tensor,
+    logits: Tensor, target: Tensor, ignore_index: int, scaling: Scaling, temperature: float, log_prob: Tensor,
+    entropy: Tensor, is_top1: Tensor, statistics: Tensor,
 ) -> None:  # fmt: skip
     """`measure_rows` in plain torch."""
-    counts = target != options.ignore_index
+    counts = target != ignore_index
     label = torch.where(counts, target, 0).long()[:, None]
-    z = reference_z(logits, options.scaling)
-    largest, z = z.argmax(-1), z / temperature  # the first of equals
-    top = z.amax(-1)
-    log_prob.copy_(z.gather(-1, label)[:, 0] - top)
-    below = (z - top[:, None]).clamp_(min=_FAR)
-    exponential = below.exp()
+    z, coldness = reference_z(logits, scaling), _LOG2_E / temperature
+    largest, top = z.argmax(-1), z.amax(-1)  # the first of equals
+    own = (z.gather(-1, label)[:, 0] - top) * coldness
+    below = (z - top[:, None]).mul_(coldness).clamp_(min=_FAR)
+    exponential = below.exp2()
     total = exponential.sum(-1)
-    above = total.log()
+    above = total.log2()
     gap = -exponential.mul_(below).sum(-1) / total
-    log_prob.sub_(above)
-    statistics.copy_(torch.stack((top, above, gap, log_prob), -1))
-    log_prob.masked_fill_(~counts, 0.0)
-    entropy.copy_(torch.where(counts, above + gap, 0.0))
-    is_top1.copy_((largest == label[:, 0]) & counts & ~statistics[:, 3].isnan())
+    own -= above
+    statistics.copy_(torch.stack((top, above, gap, own), -1))
+    log_prob.copy_(torch.where(counts, own * _LN_2, 0.0))
+    entropy.copy_(torch.where(counts, (above + gap) * _LN_2, 0.0))
+    is_top1.copy_((largest == label[:, 0]) & counts & ~own.isnan())
 
 
 def _reference_differentiate(
-    logits: Tensor, target: Tensor, options: Options, temperature: float, statistics: Tensor,
+    logits: Tensor, target: Tensor, ignore_index: int, scaling: Scaling, temperature: float, statistics: Tensor,
     log_prob_gradient: Tensor | None, entropy_gradient: Tensor | None, first_class: int,
 ) -> None:  # fmt: skip
     """`differentiate_rows` in plain torch."""
-    counts = target != options.ignore_index
+    counts = target != ignore_index
     place = target.long() - first_class
     here = (place >= 0) & (place < logits.shape[-1])
-    capped = reference_z(logits, options.scaling)
     top, above, gap, own = statistics.unbind(-1)
     column = torch.where(here, place, 0)[:, None]
-    below = capped / temperature - top[:, None]
+    below = (reference_z(logits, scaling) - top[:, None]).mul_(_LOG2_E / temperature)
     below.scatter_(-1, column, torch.where(here, own + above, below[:, 0])[:, None]).clamp_(min=_FAR)
-    upstream = (log_prob_gradient, entropy_gradient)
-    g, h = (torch.zeros_like(top) if gradient is None else gradient for gradient in upstream)
-    dx = (below - above[:, None]).exp_()
+    g = torch.zeros_like(top) if log_prob_gradient is None else log_prob_gradient
+    h = torch.zeros_like(top) if entropy_gradient is None else entropy_gradient * _LN_2
+    dx = (below - above[:, None]).exp2_()
     dx *= (g + h * gap)[:, None] if entropy_gradient is None else below.add_(gap[:, None]).mul_(h[:, None]) + g[:, None]
     dx.neg_().scatter_(-1, column, dx.gather(-1, column) + torch.where(here, g, 0.0)[:, None])
-    if options.softcap is not None:
-        dx *= reference_c(logits, options.scaling)
-    logits.copy_(dx.mul_(options.logit_scale / temperature).masked_fill_(~counts[:, None], 0.0))
+    if scaling.softcap is not None:
+        dx *= reference_c(logits, scaling)
+    logits.copy_(dx.mul_(scaling.logit_scale / temperature).masked_fill_(~counts[:, None], 0.0))
 
 
 @jit(varying=())
@@ -257,28 +256,29 @@ def _differentiate_kernel(
 
 
 def measure_rows(
-    logits: Tensor, target: Tensor, options: Options, temperature: float, log_prob: Tensor, entropy: Tensor,
-    is_top1: Tensor, statistics: Tensor,
+    logits: Tensor, target: Tensor, ignore_index: int, scaling: Scaling, temperature: float, log_prob: Tensor,
+    entropy: Tensor, is_top1: Tensor, statistics: Tensor,
 ) -> None:  # fmt: skip
     """Write what forward returns, (M,) each, and the m, a, gap and log_prob of every row, (M, 4), contiguous.
 
-    logits: (M, V), rows any stride apart. Of `options`, label_smoothing and z_loss have no meaning here.
+    logits: (M, V), rows any stride apart.
     """
     rows, columns = logits.shape
     if not runs_kernels(logits):
-        _reference_measure(logits, target, options, temperature, log_prob, entropy, is_top1, statistics)
+        outputs = (log_prob, entropy, is_top1, statistics)
+        _reference_measure(logits, target, ignore_index, scaling, temperature, *outputs)
         return
     width = min(max(next_power_of_2(columns), 128), 1024)  # each row is read once: many small programs hide its latency
     launch(
         _measure_kernel, (rows,), logits, target, log_prob, entropy, is_top1, statistics, logits.stride(0),
-        columns, options.ignore_index, options.softcap or 1.0, options.logit_scale, _LOG2_E / temperature,
-        HAS_SCALE=options.logit_scale != 1, HAS_SOFTCAP=options.softcap is not None, DEPTH=2, WIDTH=width,
+        columns, ignore_index, scaling.softcap or 1.0, scaling.logit_scale, _LOG2_E / temperature,
+        HAS_SCALE=scaling.logit_scale != 1, HAS_SOFTCAP=scaling.softcap is not None, DEPTH=2, WIDTH=width,
         num_warps=4,
     )  # fmt: skip
 
 
 def differentiate_rows(
-    logits: Tensor, target: Tensor, options: Options, temperature: float, statistics: Tensor,
+    logits: Tensor, target: Tensor, ignore_index: int, scaling: Scaling, temperature: float, statistics: Tensor,
     log_prob_gradient: Tensor | None, entropy_gradient: Tensor | None, first_class: int, classes: int,
 ) -> None:  # fmt: skip
     """Overwrite logits with their gradient, from `statistics` and the upstream gradients, (M,), any stride.
@@ -288,13 +288,13 @@ def differentiate_rows(
     rows, columns = logits.shape
     upstream = (log_prob_gradient, entropy_gradient)
     if not runs_kernels(logits):
-        _reference_differentiate(logits, target, options, temperature, statistics, *upstream, first_class)
+        _reference_differentiate(logits, target, ignore_index, scaling, temperature, statistics, *upstream, first_class)
         return
     depth, width, warps = tile_of(columns, logits.element_size(), l2_bytes(logits))
     launch(
         _differentiate_kernel, (rows,), logits, target, statistics, *upstream, logits.stride(0),
-        *(0 if g is None else g.stride(0) for g in upstream), columns, classes, first_class, options.ignore_index,
-        options.softcap or 1.0, options.logit_scale, _LOG2_E / temperature, HAS_SCALE=options.logit_scale != 1,
-        HAS_SOFTCAP=options.softcap is not None, HAS_LOG_PROB=log_prob_gradient is not None,
+        *(0 if g is None else g.stride(0) for g in upstream), columns, classes, first_class, ignore_index,
+        scaling.softcap or 1.0, scaling.logit_scale, _LOG2_E / temperature, HAS_SCALE=scaling.logit_scale != 1,
+        HAS_SOFTCAP=scaling.softcap is not None, HAS_LOG_PROB=log_prob_gradient is not None,
         HAS_ENTROPY=entropy_gradient is not None, DEPTH=depth, WIDTH=width, num_warps=warps,
     )  # fmt: skip
