@@ -11,6 +11,7 @@ import math
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 
 from liger.losses import (
     cpo_loss,
@@ -391,3 +392,14 @@ def test_what_does_not_fit_is_refused_by_name(case):
     call, error, message = REFUSED[case]
     with pytest.raises(error, match=message):
         call()
+
+
+def test_values_are_not_looked_at_where_there_are_none():
+    """Under `vmap` and of FakeTensors; there a mask of integers is taken for what it should be."""
+    masks = torch.stack([MASK, MASK.flip(1)])
+    mapped = torch.func.vmap(sequence_log_probs, (None, 0))(TOKEN, masks)
+    torch.testing.assert_close(mapped, torch.stack([sequence_log_probs(TOKEN, mask) for mask in masks]))
+    with FakeTensorMode() as fake:
+        token, mask, one = (fake.from_tensor(t) for t in (TOKEN, MASK, ONE))
+        assert sequence_log_probs(token, mask).shape == (2,)
+        assert grpo_loss(token, one, mask, num_items_in_batch=mask.sum()).shape == ()

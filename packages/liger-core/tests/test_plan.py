@@ -140,3 +140,11 @@ def test_what_is_asked_for_by_name_and_skipped_everywhere_is_an_error(model, swi
     with pytest.raises(ValueError, match=said.replace("*norm", r"\*norm")):
         apply(model, **switches)
     assert classes(model) == before
+
+
+@pytest.mark.parametrize("name", ["base_layer", "original_module", "modules_to_save"])
+def test_a_name_of_pefts_where_there_is_no_peft(device, name):
+    model = nn.Module()
+    model.inner = nn.Module()
+    setattr(model.inner, name, nn.ModuleDict({"default": llama(device)}))
+    assert {s.kind for s in apply_adapters(model, [LLAMA]).swapped} == {"norm", "mlp", "rope", "loss"}

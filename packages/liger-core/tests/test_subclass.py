@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import types
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from adapted_models import LLAMA, llama
 from liger.adapter import Layer
 from liger.ops import rotary
 from liger.patch import apply_adapters
-from liger.subclass import layer_class
+from liger.subclass import function_class, layer_class
 from liger.testing.tiny import batch
 
 pytestmark = pytest.mark.usefixtures("no_interpreter")
@@ -38,6 +39,25 @@ def test_a_function_that_was_replaced_since_another_model_was_patched_runs(devic
     apply(model)
     model(**batch(99, device))
     assert len(calls) == len(model.model.layers)
+
+
+def test_a_global_that_comes_and_goes_later_is_there_and_gone(device, monkeypatch):
+    """As that of a module which imports on demand."""
+
+    def forward(self, hidden_states, *args, **kwargs):
+        return later(hidden_states), None  # noqa: F821
+
+    code = types.FunctionType(forward.__code__, vars(modeling_llama))
+    monkeypatch.setattr(modeling_llama.LlamaAttention, "forward", code)
+    model = llama(device)
+    ops = (("apply_rotary_pos_emb", rotary),)
+    model.model.layers[0].self_attn.__class__ = function_class(modeling_llama.LlamaAttention, ops)
+    x = torch.ones(1, device=device)
+    monkeypatch.setattr(modeling_llama, "later", torch.neg, raising=False)
+    assert model.model.layers[0].self_attn(x)[0] == -1
+    monkeypatch.delattr(modeling_llama, "later")
+    with pytest.raises(NameError, match="later"):
+        model.model.layers[0].self_attn(x)
 
 
 def test_an_op_stands_for_a_function_behind_decorators_too(device, monkeypatch):

@@ -23,7 +23,7 @@ from liger.ops.launch import runs_kernels
 from liger.ops.rms_norm import Cast
 from liger.recompute import rebuildable
 
-__all__ = ["Experts", "FusedGatedMLP", "GatedMLP", "LayerNorm", "RMSNorm", "Stock", "gated"]
+__all__ = ["Experts", "FusedGatedMLP", "Gated", "GatedMLP", "LayerNorm", "RMSNorm", "Stock", "gated"]
 
 
 @dataclass(frozen=True)
@@ -175,8 +175,14 @@ def gated(act_fn: Callable[[Tensor], Tensor], gate: Tensor, up: Tensor) -> Tenso
 
 
 @dataclass(frozen=True)
-class _Gated(Layer):
-    """What the gated layers share: the activation that the config names, and the module that holds it."""
+class Gated(Layer):
+    """What gated layers share, those of a family's own too: the activation that the config names, and what holds it.
+
+    Attributes:
+        act: the config's attribute that names the activation. None, where the module has no config: the activation
+            that it holds says by its class which one it is.
+        act_fn: the module's attribute that holds it.
+    """
 
     act: str | None
     act_fn: str = "act_fn"
@@ -194,8 +200,8 @@ class _Gated(Layer):
         name = getattr(getattr(module, "config", None), self.act, None)
         return name, _GATES.get(name) if isinstance(name, str) else None
 
-    def _activation_declines(self, module: Any) -> str | None:
-        """Why the activation has no kernel, or is not the one that the config names."""
+    def activation_declines(self, module: Any) -> str | None:
+        """Why the activation has no kernel, is not the one that the config names, or is none to be left out."""
         name, gate = self._named(module)
         if gate is None and self.act is not None:
             return f"{self.act}={name!r} has no kernel (known: {', '.join(_GATES)})"
@@ -229,15 +235,12 @@ class _Gated(Layer):
 
 
 @dataclass(frozen=True)
-class GatedMLP(_Gated):
+class GatedMLP(Gated):
     """`down(act(gate(x)) * up(x))`, with the activation and the product in one kernel.
 
     The three projections are called as modules, so whatever wraps them (LoRA, quantisation, FSDP) keeps working.
 
     Attributes:
-        act: the config's attribute that names the activation. None, where the module has no config: the activation
-            that it holds says by its class which one it is.
-        act_fn: the module's attribute that holds it.
         dropout: the module's child that is applied before `down`, if it has one.
     """
 
@@ -247,7 +250,7 @@ class GatedMLP(_Gated):
     def declines(self, module: Any) -> str | None:
         """Declines an activation that has no kernel, and an MLP that holds anything else than what it knows."""
         expected = {"gate_proj", "up_proj", "down_proj"} | ({self.dropout} if self.dropout else set())
-        return self._children_decline(module, expected) or self._activation_declines(module)
+        return self._children_decline(module, expected) or self.activation_declines(module)
 
     def forward(self, module: Any, x: Tensor) -> Tensor:
         """`x` is (..., hidden size), and so is the result."""
@@ -256,20 +259,15 @@ class GatedMLP(_Gated):
 
 
 @dataclass(frozen=True)
-class FusedGatedMLP(_Gated):
-    """`GatedMLP` whose `gate_up_proj` computes gate and up at once: its first half is the gate.
-
-    Attributes:
-        act: the config's attribute that names the activation.
-        act_fn: the module's attribute that holds it.
-    """
+class FusedGatedMLP(Gated):
+    """`GatedMLP` whose `gate_up_proj` computes gate and up at once: its first half is the gate."""
 
     act_fn: str = "activation_fn"
     kind: ClassVar[Kind] = "mlp"
 
     def declines(self, module: Any) -> str | None:
         """Declines an activation that has no kernel, and an MLP that holds anything else than the three it knows."""
-        return self._children_decline(module, {"gate_up_proj", "down_proj"}) or self._activation_declines(module)
+        return self._children_decline(module, {"gate_up_proj", "down_proj"}) or self.activation_declines(module)
 
     def forward(self, module: Any, x: Tensor) -> Tensor:
         """`x` is (..., hidden size), and so is the result."""
@@ -280,15 +278,11 @@ _GATED_DISPATCH = ("grouped_mm", "batched_mm", "deepgemm")
 
 
 @dataclass(frozen=True)
-class Experts(_Gated):
+class Experts(Gated):
     """The gated activation of a mixture of experts, between the two products of transformers' own dispatch.
 
     It stands for `_apply_gate` of a class made by `transformers.integrations.moe.use_experts_implementation`: gate and
     up are the halves of one tensor and are read where they lie. Router, routing weights and products are not touched.
-
-    Attributes:
-        act: the config's attribute that names the activation.
-        act_fn: the module's attribute that holds it.
     """
 
     kind: ClassVar[Kind] = "experts"
@@ -305,7 +299,7 @@ class Experts(_Gated):
         dispatch = module.config._experts_implementation
         if dispatch not in _GATED_DISPATCH:
             return f"experts_implementation={dispatch!r} does not call {self.method} ({', '.join(_GATED_DISPATCH)} do)"
-        return self._activation_declines(module)
+        return self.activation_declines(module)
 
     def forward(self, module: Any, gate_up_out: Tensor) -> Tensor:
         """`gate_up_out` is (tokens, 2 · width), the result (tokens, width)."""

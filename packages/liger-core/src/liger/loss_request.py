@@ -118,20 +118,20 @@ class LossRequest:
         placeholder = hidden.new_empty((*hidden.shape[:-1], 0), dtype=autocast or hidden.dtype)
         if torch.compiler.is_compiling():
             return placeholder
-        recompute, grad = self._recompute_in(head, autocast), torch.is_grad_enabled()
-        self.recompute = partial(recompute, hidden, _versions(hidden), grad)
-        self.recompute_detached = partial(recompute, hidden.detach(), _versions(hidden), False)
+        recompute = self._recompute_in(head, hidden, autocast)
+        self.recompute = partial(recompute, hidden, torch.is_grad_enabled())
+        self.recompute_detached = partial(recompute, hidden.detach(), False)
         return _Into.apply(self.loss, placeholder, self.upstream) if self.loss.requires_grad else placeholder
 
-    def _recompute_in(self, head: Any, autocast: torch.dtype | None) -> Callable[..., Tensor]:
+    def _recompute_in(self, head: Any, input: Tensor, autocast: torch.dtype | None) -> Callable[..., Tensor]:
         inference = torch.is_inference_mode_enabled()
         weight, bias, shape, upstream = head.weight, head.bias, self.shape, self.upstream
         after_head = self.after_head
         addresses = [t.data_ptr() if type(t) is nn.Parameter else None for t in (weight, bias)]
-        of_head = _versions(weight, bias)
+        of_head, of_input = _versions(weight, bias), _versions(input)
         steps = StepsSince(weight, bias)
 
-        def recompute(hidden: Tensor, of_input: list[int], grad: bool, dtype: torch.dtype) -> Tensor:
+        def recompute(hidden: Tensor, grad: bool, dtype: torch.dtype) -> Tensor:
             now = head.weight, head.bias
             # What is sharded or offloaded was gathered for the forward: backward is what an optimizer follows.
             sharded = is_gathered(now[0], weight)

@@ -26,7 +26,7 @@ from liger.subclass import (
     parallel_head_class,
     recompute_class,
 )
-from liger.switches import DEFAULTS, Part, Switches, matches, name_before_peft
+from liger.switches import DEFAULTS, Part, Switches, matches
 
 if TYPE_CHECKING:
     from liger.causal_lm import CausalLM
@@ -116,8 +116,7 @@ def plan(model: nn.Module, adapters: Iterable[Adapter], switches: Switches = DEF
     planned: dict[nn.Module, type[nn.Module]] = {}
     for adapter in adapters:
         for name, module in model.named_modules():
-            parent = model.get_submodule(name_before_peft(name).rpartition(".")[0])
-            _add(found, planned, _kernels(adapter, name, module, type(parent), switches))
+            _add(found, planned, _kernels(adapter, name, module, type(_holder(model, name)), switches))
     if switches.loss:
         _add(found, planned, _unnamed_losses(model, found, switches))
     if switches.recompute:
@@ -127,6 +126,18 @@ def plan(model: nn.Module, adapters: Iterable[Adapter], switches: Switches = DEF
         if not any(matches(name, pattern) for name in names):
             raise ValueError(f"liger.apply: skip={pattern!r} matches no module that a kernel is meant for")
     return found
+
+
+def _holder(model: nn.Module, name: str) -> nn.Module:
+    """The module that holds the one of that name, or that held it before PEFT wrapped it."""
+    holder, name = model, name.rpartition(".")[0]
+    while name:
+        holder = model.get_submodule(name)
+        name = name.rpartition(".")[0]
+        of_peft = model.get_submodule(name) if isinstance(holder, nn.ModuleDict) else holder
+        if not type(of_peft).__module__.startswith("peft."):
+            break
+    return holder
 
 
 def _add(found: Plan, planned: dict[nn.Module, type[nn.Module]], proposals: Iterable[_Proposal]) -> None:

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from liger.causal_lm import CausalLM
 
 
+_ABSENT = object()
+
 FUSED = "linear_cross_entropy"
 """The op of a head that computes the loss."""
 
@@ -122,15 +124,17 @@ def _globals_but_for(function: Any, ops: dict[str, Any]) -> tuple[dict[str, Any]
     """
     theirs = function.__globals__
     own = {**theirs, **ops}
-    stock = {name: theirs[name] for name in _names_of(function.__code__) if name in theirs}
+    stock = {name: theirs.get(name, _ABSENT) for name in _names_of(function.__code__)}
     seen = dict(stock)
 
     def follow() -> None:
         for name, value in seen.items():
-            now = theirs[name]
+            now = theirs.get(name, _ABSENT)
             if now is not value:
                 seen[name] = now
                 own[name] = ops[name] if name in ops and now is stock[name] else now
+                if now is _ABSENT:
+                    del own[name]
 
     return own, follow
 

@@ -74,13 +74,8 @@ def matches(name: str, pattern: str) -> bool:
 
     What PEFT puts behind the name of a module that it wraps may be left out.
     """
-    names = (name, name_before_peft(name))
+    names = (name, _OF_PEFT.sub("", name))
     return any(fnmatchcase(name, pattern) or fnmatchcase(name, f"*.{pattern}") for name in names)
-
-
-def name_before_peft(name: str) -> str:
-    """The name that the module had before PEFT wrapped it."""
-    return _OF_PEFT.sub("", name)
 
 
 DEFAULTS = Switches()

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import pytest
 import torch
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from liger.ops import add_rms_norm, geglu, launch, layer_norm, qk_norm_rotary, rms_norm, rotary, swiglu, swiglu_joined
 
@@ -249,6 +250,16 @@ def test_a_learned_number_is_refused_not_frozen(device, path, number):
         call(**{number: learned.detach()})
         with pytest.raises(ValueError, match=f"{number} requires a gradient"):
             call(**{number: learned})
+
+
+def test_make_fx_sees_torch_operations(op, device, monkeypatch):
+    inputs = op.inputs(2, 3, torch.float32, device)
+    graphs = []
+    for enabled in (True, False):
+        monkeypatch.setattr(launch, "enabled", enabled)
+        graphs.append(make_fx(lambda *inputs: op.outputs(inputs))(*inputs).graph)
+    with_kernels, without = ([node.target for node in graph.nodes] for graph in graphs)
+    assert with_kernels == without
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.trace:DeprecationWarning")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 
 import pytest
 import torch
@@ -199,3 +199,13 @@ def test_a_real_kernel_started_again_with_other_tensors_alignments_and_dtypes(de
             x = torch.randn(4 * 64 + offset, device=device, dtype=dtype)[offset:].view(4, 64)
             torch.testing.assert_close(rms_norm(x), rms_norm(x.clone()))
             torch.testing.assert_close(swiglu(x, x), swiglu(x.clone(), x.clone()))
+
+
+def test_a_torch_without_what_tells_who_follows_is_asked_nothing(monkeypatch):
+    for name in ("_are_functorch_transforms_active", "_get_dispatch_mode", "_TorchDispatchModeKey"):
+        monkeypatch.delattr(torch._C, name)
+    monkeypatch.delattr(torch.autograd.forward_ad, "_current_level")
+    spec = importlib.util.find_spec("liger.ops.launch")
+    another = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(another)
+    assert not another.is_seen_through()

@@ -6,38 +6,28 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from liger.adapter import Kind, Layer
-from liger.layers import gated
+from liger.adapter import Kind
+from liger.layers import Gated, gated
 
 
 @dataclass(frozen=True)
-class Llama4Experts(Layer):
+class Llama4Experts(Gated):
     """Every expert on every token, which its router's score has scaled before: two batched products, SiLU between.
 
     The weights lie as (experts, in, out), and gate and up are the halves of one product, read where they lie.
     """
 
+    act: str | None = None  # the module keeps no config to name it
     kind: ClassVar[Kind] = "experts"
 
     def declines(self, module: Any) -> str | None:
-        """Declines other parameters than the two it knows, and an activation that is not SiLU."""
+        """Declines other parameters than the two it knows, and an activation that has no kernel."""
         parameters = {name for name, _ in module.named_parameters()}
         if parameters != {"gate_up_proj", "down_proj"}:
             return f"holds {', '.join(sorted(parameters))}, not down_proj, gate_up_proj"
-        if module.act_fn._forward_hooks or module.act_fn._forward_pre_hooks:
-            return "a hook on its act_fn wants to be called"
-        # The module keeps no config to name the activation: ask it, at a few points.
-        points = torch.linspace(-4, 4, 17, device="cpu")
-        with torch.no_grad():
-            same = torch.allclose(module.act_fn(points), F.silu(points), rtol=0, atol=1e-6)
-        return None if same else "its act_fn does not compute silu"
-
-    def kernel(self, module: Any) -> str:
-        """Always the same."""
-        return "swiglu"
+        return self.activation_declines(module)
 
     def forward(self, module: Any, hidden_states: Tensor) -> Tensor:
         """`hidden_states` is (experts · tokens, hidden size), and so is the result."""

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from liger.losses.sequences import counted_tokens, in_wide
+from liger.ops.launch import may_look_at
 
 LossType = Literal["grpo", "bnpo", "dr_grpo", "dapo"]
 
@@ -120,8 +121,8 @@ def _check_items(op: str, items: Tensor | float) -> None:
     if isinstance(items, Tensor):
         if items.numel() != 1:
             raise ValueError(f"{op}: num_items_in_batch has shape {tuple(items.shape)}, expected one number")
-        if items.device.type != "cpu" or torch.compiler.is_compiling():
-            return  # to look would be to wait for the GPU, or to break the graph
+        if not may_look_at(items):
+            return
         items = items.item()
     if not items >= 0:
         raise ValueError(f"{op}: num_items_in_batch must not be negative, but is {items}")

@@ -7,6 +7,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from liger.ops.launch import may_look_at
+
 
 def in_wide(op: str, shape: torch.Size, **tensors: Tensor) -> list[Tensor]:
     """The tensors in fp32 or fp64; refuses by name what has another shape, as it would be broadcast in silence."""
@@ -21,7 +23,7 @@ def in_wide(op: str, shape: torch.Size, **tensors: Tensor) -> list[Tensor]:
 def counted_tokens(op: str, log_probs: Tensor, mask: Tensor) -> Tensor:
     """`mask` as bool; refuses what is not of (B, T), and what may be weights or labels: all but 0 would count as 1.
 
-    Integers are looked at where that costs no synchronisation: on the CPU, outside a compiled graph.
+    Integers are looked at where they may be.
     """
     if log_probs.ndim != 2:
         raise ValueError(f"{op}: log_probs has shape {tuple(log_probs.shape)}, expected (B, T)")
@@ -30,7 +32,7 @@ def counted_tokens(op: str, log_probs: Tensor, mask: Tensor) -> Tensor:
     if mask.is_floating_point() or mask.is_complex():
         raise TypeError(f"{op}: mask must be bool or integers, which tokens count, not {mask.dtype}")
     counted = mask.bool()
-    if mask.dtype != torch.bool and mask.device.type == "cpu" and not torch.compiler.is_compiling():
+    if mask.dtype != torch.bool and may_look_at(mask):
         others = mask[mask != counted]
         if others.numel():
             raise ValueError(f"{op}: mask has the value {others[0].item()}, expected 0 and 1 alone")

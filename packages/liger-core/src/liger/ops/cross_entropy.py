@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from liger.ops.constant import constant, refuse_learned
-from liger.ops.launch import is_seen_through, runs_kernels
+from liger.ops.launch import may_look_at, runs_kernels
 from liger.ops.loss_rows import Options, fill_rows, reference_rows
 from liger.ops.named import named
 from liger.ops.once_differentiable import once_differentiable
@@ -70,18 +70,6 @@ def _rows(logits: Tensor) -> Tensor:
     return rows if rows.stride(1) == 1 else rows.contiguous()
 
 
-def _run_forward(
-    logits: Tensor, target: Tensor, denominator: Tensor | None, options: Options, with_gradient: bool
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    rows, columns = logits.shape
-    loss = logits.new_empty(rows, dtype=torch.float32)
-    lse = logits.new_empty(rows, 2, dtype=torch.float32)
-    gradient = logits.new_empty(rows, columns) if with_gradient else None
-    early, _ = early_and_late(denominator, logits.dtype)
-    fill_rows(logits, target, options, loss, lse, gradient, denominator=early)
-    return loss, lse, gradient
-
-
 @named("cross_entropy")
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
@@ -89,8 +77,12 @@ class _CrossEntropy(torch.autograd.Function):
         ctx: Any, logits: Tensor, target: Tensor, denominator: Tensor | None, options: Options, reduction: Reduction,
         needs_gradient: bool,
     ) -> Tensor:  # fmt: skip
-        with_gradient = needs_gradient and reduction != "none"
-        loss, lse, gradient = _run_forward(logits, target, denominator, options, with_gradient)
+        rows, columns = logits.shape
+        loss = logits.new_empty(rows, dtype=torch.float32)
+        lse = logits.new_empty(rows, 2, dtype=torch.float32)
+        gradient = logits.new_empty(rows, columns) if needs_gradient and reduction != "none" else None
+        early, _ = early_and_late(denominator, logits.dtype)
+        fill_rows(logits, target, options, loss, lse, gradient, denominator=early)
         ctx.save_for_backward(logits, target, denominator, lse, gradient)
         ctx.options = options
         ctx.is_used = False
@@ -110,11 +102,8 @@ class _CrossEntropy(torch.autograd.Function):
 
 
 def check_labels(op: str, target: Tensor, classes: int, ignore_index: int) -> None:
-    """Refuse labels out of range where looking costs no synchronisation, and there is something to look at.
-
-    That is on the CPU, and neither in a compiled graph nor in `torch.func.vmap`, nor of a FakeTensor.
-    """
-    if target.device.type != "cpu" or type(target) is not Tensor or torch.compiler.is_compiling() or is_seen_through():
+    """Refuse labels out of range, where they may be looked at."""
+    if not may_look_at(target):
         return
     bad = (target != ignore_index) & ((target < 0) | (target >= classes))
     if bad.any():

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from liger.disabled import DISABLED
 
@@ -30,8 +31,8 @@ else:
         triton = tl = None
 
 __all__ = [
-    "INTERPRETED", "enabled", "is_seen_through", "jit", "l2_bytes", "launch", "next_power_of_2", "runs_kernels",
-    "shared_bytes", "sm_count", "tl", "triton",
+    "INTERPRETED", "enabled", "is_seen_through", "jit", "l2_bytes", "launch", "may_look_at", "next_power_of_2",
+    "runs_kernels", "shared_bytes", "sm_count", "tl", "triton",
 ]  # fmt: skip
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -39,6 +40,11 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 enabled = not DISABLED
 """Set to False to run the references on every device, as tests do."""
+
+# Of torch's own, and without another name: who follows the operations is not asked of a torch that has them no more.
+_transforms_are_active: Callable[[], bool] = getattr(torch._C, "_are_functorch_transforms_active", lambda: False)
+_dispatch_mode: Callable[[Any], Any] = getattr(torch._C, "_get_dispatch_mode", lambda _: None)
+_PROXIES = getattr(getattr(torch._C, "_TorchDispatchModeKey", None), "PROXY", None)  # make_fx
 
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _PLAIN = (Tensor, torch.nn.Parameter)
@@ -76,7 +82,7 @@ def runs_kernels(x: Tensor, *others: Tensor | None) -> bool:
 
     So must the `others` that the kernel reads, where there are any. A tensor subclass (DTensor, a quantised tensor)
     does not: its memory is not what its shape says. Nor do any inside `torch.func`'s transforms, forward-mode
-    differentiation and `torch.jit.trace`. The references are torch operations, which all of these know.
+    differentiation, `torch.jit.trace` and `make_fx`. The references are torch operations, which all of these know.
     """
     for t in (x, *others):
         if t is not None and (t.dtype not in _KERNEL_DTYPES or type(t) not in _PLAIN):
@@ -88,10 +94,20 @@ def runs_kernels(x: Tensor, *others: Tensor | None) -> bool:
 def is_seen_through() -> bool:
     """Whether somebody other than a compiler follows the operations that run now, one by one."""
     return not torch.compiler.is_compiling() and (
-        torch._C._are_functorch_transforms_active()
-        or torch.autograd.forward_ad._current_level >= 0
-        or torch._C._get_tracing_state() is not None
+        _transforms_are_active()
+        or getattr(forward_ad, "_current_level", -1) >= 0
+        or torch.jit.is_tracing()
+        or (_PROXIES is not None and _dispatch_mode(_PROXIES) is not None)
     )
+
+
+def may_look_at(values: Tensor) -> bool:
+    """Whether the values of a tensor are there and looking costs no synchronisation.
+
+    That is on the CPU, and neither in a compiled graph nor in `torch.func.vmap`, nor of a FakeTensor.
+    """
+    is_there = values.device.type == "cpu" and type(values) in _PLAIN
+    return is_there and not torch.compiler.is_compiling() and not is_seen_through()
 
 
 def launch(kernel: Any, grid: tuple[int], *args: Any, num_warps: int, **constexprs: Any) -> None:

@@ -7,7 +7,7 @@ db before the next one.
 
 The products are matmuls of the compute dtype, which sum in fp32; db is summed in fp32 (fp64 for fp64). dW is summed
 over the chunks in a dtype that the op chooses, rounded once a chunk. Of more chunks than `updates` allows it is summed
-in fp32 and rounded at the end; so are, in any case, the rows of the classes that are most often targets. Of text, whose
+in fp32 and rounded at the end; so are, of more than two chunks, the rows of the most frequent classes. Of text, whose
 few most frequent tokens are most of it, they are what the roundings would add up in.
 """
 
@@ -15,12 +15,11 @@ from __future__ import annotations
 
 import functools
 import itertools
+import re
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
-
-from liger.autocast import autocast_dtype
 
 CHUNK_BYTES = 256 * 2**20
 """How much memory one chunk of logits may take: 1024 rows of 128256 in bf16."""
@@ -31,12 +30,10 @@ CPU_CHUNK_BYTES = 8 * 2**20
 TILE = 128  # rows that the matmuls work on at once
 LINE = 64  # columns: rows that start 128 bytes apart, or a multiple of that, are read and written 16 bytes at a time
 UPDATES = 8  # the most that a sum in bf16 is rounded
-FREQUENT = 1024  # classes whose rows of dW are summed in fp32 in any case
+FREQUENT = 1024  # classes whose rows of dW are summed in fp32 although the others are not
 _SPARSE = 7  # more classes than so many times the rows
 _ROWS_PER_UPDATE = 1280  # rows whose product with x takes longer than reading and writing dW
 _WIDE_ROWS = 256  # rows of logits that may exist in fp32
-
-_NAMES = ("input", "linear_weight", "linear_bias")
 
 Gradients = tuple[Tensor, Tensor, Tensor]
 Needs = tuple[bool, bool, bool]
@@ -117,9 +114,9 @@ def _multiplies_into_fp32(device: torch.device, dtype: torch.dtype) -> bool:
     a, total = (torch.zeros(16, 16, dtype=of, device=device) for of in (dtype, torch.float32))
     try:
         torch.addmm(total, torch.mm(a, a, out_dtype=torch.float32).to(dtype), a, out_dtype=torch.float32, out=total)
-    except torch.OutOfMemoryError:
-        raise
-    except RuntimeError:
+    except RuntimeError as error:
+        if isinstance(error, torch.OutOfMemoryError) or re.search(r"(CUDA|HIP) error(?!.*NOT_SUPPORTED)", str(error)):
+            raise  # it may do so the next time
         return False
     return True
 
@@ -138,7 +135,10 @@ def project(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None
 
 
 def add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
-    """`total` += a b, or = a b for the first; rounded once, to the dtype of `total`."""
+    """`total` += a b, or = a b for the first, in the dtype of `total`.
+
+    Where that is the dtype of a and b, cuBLAS may round the product before it adds it and rounds the sum.
+    """
     if total.dtype == a.dtype and first:
         torch.mm(a, b, out=total)
     elif total.dtype == a.dtype:
@@ -180,9 +180,10 @@ def through_chunks(
     What is not needed has no elements. dW has the dtype `accum_dtype`. The rows of logits have memory to spare, up to
     `logits.stride(0)` columns.
 
-    `labels`: (M,), the targets; what is out of range is none of a class. `buffers`: how many tensors of the logits'
-    size the op holds for a chunk. `planned_columns`: how many rows of the weight the chunks are planned for; where
-    ranks hold parts of it, all must go through the same chunks.
+    `labels`: (M,), the targets, which tell the frequent classes; what is out of range is none of a class. None: the
+    first chunk's gradient tells them. `buffers`: how many tensors of the logits' size the op holds for a chunk.
+    `planned_columns`: how many rows of the weight the chunks are planned for; where ranks hold parts of it, all must go
+    through the same chunks.
     """
     needs_input, needs_weight, needs_bias = needs
     rows, columns = input.shape[0], weight.shape[0]
@@ -197,10 +198,7 @@ def through_chunks(
     if not rows:
         return dx, dw.zero_(), db.zero_()
 
-    often = None
-    if labels is not None and needs_weight and sum_dtype.itemsize == 2 and len(parts) > 2:
-        classes = _most_frequent(labels, columns)
-        often = classes, input.new_empty((len(classes), input.shape[1]), dtype=torch.float32)
+    is_summed_apart = needs_weight and sum_dtype.itemsize == 2 and len(parts) > 2
     buffer = empty_logits(input, longest, columns, compute_dtype)
     w = weight.to(compute_dtype)
     b = None if bias is None else bias.to(compute_dtype)
@@ -215,24 +213,34 @@ def through_chunks(
                 add_product(dx[start:stop], gradient, _rows(w, part), first=number == 0)
             if needs_weight:
                 add_product(_rows(dw, part), gradient.t(), x, first=start == 0)
-        if often is not None:
-            add_product(often[1], logits.index_select(1, often[0]).t(), x, first=start == 0)
+        if is_summed_apart and start == 0:
+            often = _most_frequent(labels, logits)
+            apart = input.new_empty((len(often), input.shape[1]), dtype=torch.float32)
+        if is_summed_apart:
+            add_product(apart, logits.index_select(1, often).t(), x, first=start == 0)
         if needs_bias and start == 0:
             torch.sum(logits, 0, dtype=db.dtype, out=db)
         elif needs_bias:
             db += logits.sum(0, dtype=db.dtype)
     del buffer, logits, gradient  # before there is a dW of another dtype
-    if often is not None:
-        dw.index_copy_(0, often[0], often[1].to(dw.dtype))
+    if is_summed_apart:
+        dw.index_copy_(0, often, apart.to(dw.dtype))
     return dx, dw.to(accum_dtype), db
 
 
-def _most_frequent(labels: Tensor, classes: int) -> Tensor:
-    """The FREQUENT classes that are most often among labels, found without waiting for the GPU."""
-    there = (labels >= 0) & (labels < classes)
-    counts = labels.new_zeros(classes + 1, dtype=torch.int32)
-    counts.scatter_add_(0, torch.where(there, labels, classes).long(), there.int())
-    return counts[:classes].topk(min(FREQUENT, classes), sorted=False).indices
+def _most_frequent(labels: Tensor | None, gradient: Tensor) -> Tensor:
+    """The FREQUENT classes that are most often among labels, found without waiting for the GPU.
+
+    Without labels those whose columns are largest in `gradient`, (some of the rows, V).
+    """
+    classes = gradient.shape[1]
+    if labels is None:
+        weights = torch.linalg.vector_norm(gradient, dim=0, dtype=torch.float32)
+    else:
+        there = (labels >= 0) & (labels < classes)
+        weights = labels.new_zeros(classes + 1, dtype=torch.int32)
+        weights.scatter_add_(0, torch.where(there, labels, classes).long(), there.int())
+    return weights[:classes].topk(min(FREQUENT, classes), sorted=False).indices
 
 
 def given(
@@ -245,55 +253,3 @@ def given(
         dw.to(weight.dtype) if needs[1] else None,
         db.to(bias.dtype) if needs[2] and bias is not None else None,
     )
-
-
-def check_layer(
-    op: str, input: Tensor, weight: Tensor, bias: Tensor | None, names: tuple[str, str, str] = _NAMES
-) -> None:
-    """Refuse a layer whose shapes or devices do not fit, or whose weight holds no data of its own.
-
-    `names`: what the caller of `op` calls input, weight and bias.
-    """
-    input_name, weight_name, bias_name = names
-    if not input.dim():
-        raise ValueError(f"{op}: {input_name} has no dimension, expected (..., H)")
-    if hasattr(weight, "device_mesh"):
-        raise ValueError(f"{op}: {weight_name} is a DTensor: pass the whole weight, as its module's forward sees it")
-    if weight.numel() == 0:
-        raise ValueError(f"{op}: {weight_name} is empty, shape {tuple(weight.shape)}: has ZeRO-3 partitioned it?")
-    if weight.dim() != 2 or weight.shape[1] != input.shape[-1]:
-        expected = f"(V, {input.shape[-1]})"
-        raise ValueError(f"{op}: {weight_name} has shape {tuple(weight.shape)}, expected {expected}")
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"{op}: {bias_name} has shape {tuple(bias.shape)}, expected {tuple(weight.shape[:1])}")
-    for name, tensor in ((weight_name, weight), (bias_name, bias)):
-        if tensor is not None and tensor.device != input.device:
-            raise ValueError(f"{op}: {name} is on {tensor.device}, expected {input_name}'s device {input.device}")
-
-
-def check_dtypes(
-    op: str, input: Tensor, weight: Tensor, bias: Tensor | None, names: tuple[str, str, str] = _NAMES
-) -> torch.dtype:
-    """The dtype that `F.linear` would compute in: autocast's, where it is on, else the one that all of them have."""
-    autocast = autocast_dtype(input.device)
-
-    def cast(dtype: torch.dtype) -> torch.dtype:
-        return dtype if autocast is None or dtype == torch.float64 else autocast
-
-    for name, tensor in zip(names, (input, weight, bias), strict=True):
-        if tensor is None:
-            continue
-        if not tensor.is_floating_point():
-            raise TypeError(f"{op}: {name} must have a floating-point dtype, not {tensor.dtype}")
-        if cast(tensor.dtype) != cast(input.dtype):
-            raise TypeError(f"{op}: {names[0]} is {input.dtype} and {name} is {tensor.dtype}: they must agree")
-    return cast(input.dtype)
-
-
-def check_accum_dtype(op: str, own: torch.dtype, accum_dtype: torch.dtype | None) -> torch.dtype:
-    """The dtype that dW is summed in: `own`, unless `accum_dtype` names a wider one."""
-    wide = torch.promote_types(own, torch.float32)
-    if accum_dtype not in (None, own, wide):
-        expected = f"None or {own}" if own == wide else f"None, {own} or {wide}"
-        raise ValueError(f"{op}: accum_dtype must be {expected}, not {accum_dtype}")
-    return accum_dtype or own

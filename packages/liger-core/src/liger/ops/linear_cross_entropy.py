@@ -34,10 +34,8 @@ from liger.ops.cross_entropy import (
     reduced,
 )
 from liger.ops.launch import runs_kernels
+from liger.ops.linear_checks import check_accum_dtype, check_dtypes, check_layer
 from liger.ops.linear_chunks import (
-    check_accum_dtype,
-    check_dtypes,
-    check_layer,
     empty_gradients,
     given,
     needed,

@@ -35,10 +35,8 @@ from liger.ops.cross_entropy import (
     reduced,
 )
 from liger.ops.distillation_rows import fill_distillation_rows
+from liger.ops.linear_checks import check_accum_dtype, check_dtypes, check_layer
 from liger.ops.linear_chunks import (
-    check_accum_dtype,
-    check_dtypes,
-    check_layer,
     empty_gradients,
     empty_logits,
     given,
@@ -62,9 +60,9 @@ def _empty_loss(input: Tensor, compute_dtype: torch.dtype) -> Tensor:
 
 def _run(
     input: Tensor, weight: Tensor, bias: Tensor | None, teacher_input: Tensor, teacher_weight: Tensor,
-    teacher_bias: Tensor | None, counts: Tensor, upstream: Tensor | None, denominator: Tensor | None,
-    needs_input: bool, needs_weight: bool, needs_bias: bool, compute_dtype: torch.dtype, accum_dtype: torch.dtype,
-    teacher_dtype: torch.dtype, beta: float, temperature: float, student_logit_scale: float,
+    teacher_bias: Tensor | None, counts: Tensor, labels: Tensor | None, upstream: Tensor | None,
+    denominator: Tensor | None, needs_input: bool, needs_weight: bool, needs_bias: bool, compute_dtype: torch.dtype,
+    accum_dtype: torch.dtype, teacher_dtype: torch.dtype, beta: float, temperature: float, student_logit_scale: float,
     student_softcap: float | None, teacher_logit_scale: float, teacher_softcap: float | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """(loss of every row, dx, dW, db) of the student's (M, H) input; empty what is not needed.
@@ -85,7 +83,7 @@ def _run(
             upstream=upstream[rows] if upstream is not None and upstream.dim() else upstream, denominator=denominator,
         )  # fmt: skip
 
-    return loss, *through_chunks(input, weight, bias, compute_dtype, accum_dtype, fill, needs, buffers=2)
+    return loss, *through_chunks(input, weight, bias, compute_dtype, accum_dtype, fill, needs, labels=labels, buffers=2)
 
 
 # For torch.compile: dynamo sees one opaque operation, not a loop to unroll. Outside it would only cost host time.
@@ -95,9 +93,9 @@ _run_as_op = torch.library.custom_op("liger::linear_distillation", _run, mutates
 @_run_as_op.register_fake
 def _(
     input: Tensor, weight: Tensor, bias: Tensor | None, teacher_input: Tensor, teacher_weight: Tensor,
-    teacher_bias: Tensor | None, counts: Tensor, upstream: Tensor | None, denominator: Tensor | None,
-    needs_input: bool, needs_weight: bool, needs_bias: bool, compute_dtype: torch.dtype, accum_dtype: torch.dtype,
-    *args: Any,
+    teacher_bias: Tensor | None, counts: Tensor, labels: Tensor | None, upstream: Tensor | None,
+    denominator: Tensor | None, needs_input: bool, needs_weight: bool, needs_bias: bool, compute_dtype: torch.dtype,
+    accum_dtype: torch.dtype, *args: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     gradients = empty_gradients(input, weight, (needs_input, needs_weight, needs_bias), compute_dtype, accum_dtype)
     return _empty_loss(input, compute_dtype), *gradients
@@ -112,11 +110,11 @@ class _LinearDistillation(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None, teacher_input: Tensor, teacher_weight: Tensor,
-        teacher_bias: Tensor | None, counts: Tensor, denominator: Tensor | None, reduction: Reduction,
-        needs: tuple[bool, bool, bool], dtypes: tuple[torch.dtype, torch.dtype, torch.dtype], beta: float,
-        temperature: float, scalings: tuple[Scaling, Scaling],
+        teacher_bias: Tensor | None, counts: Tensor, labels: Tensor | None, denominator: Tensor | None,
+        reduction: Reduction, needs: tuple[bool, bool, bool], dtypes: tuple[torch.dtype, torch.dtype, torch.dtype],
+        beta: float, temperature: float, scalings: tuple[Scaling, Scaling],
     ) -> Tensor:  # fmt: skip
-        tensors = (input, weight, bias, teacher_input, teacher_weight, teacher_bias, counts)
+        tensors = (input, weight, bias, teacher_input, teacher_weight, teacher_bias, counts, labels)
         early, _ = early_and_late(denominator, dtypes[0])
         now = needs if reduction != "none" else (False, False, False)
         options = (beta, temperature, *scalings[0], *scalings[1])
@@ -136,7 +134,7 @@ class _LinearDistillation(torch.autograd.Function):
             ctx.must_run = not torch.compiler.is_compiling()  # the second time: `scaled` uses these gradients up
             _, late = early_and_late(denominator, ctx.dtypes[0])
             dx, dw, db = (scaled(gradient, upstream, late) for gradient in (dx, dw, db))
-        return *given((dx, dw, db), ctx.needs, *tensors[1:3]), *(None,) * 11
+        return *given((dx, dw, db), ctx.needs, *tensors[1:3]), *(None,) * 12
 
 
 def _check_pair(op: str, student: Tensor, teacher: Tensor, student_weight: Tensor, teacher_weight: Tensor) -> None:
@@ -186,8 +184,9 @@ def linear_distillation(
         student_weight: (V, H), of student_input's dtype (any, under autocast) and device.
         teacher_input: (..., H'), of any dtype and hidden size, as many rows as student_input, on its device.
         teacher_weight: (V, H'), of teacher_input's dtype (any, under autocast).
-        target: (...), int64 or int32: where it is ignore_index, the row counts for nothing. Its other values have no
-            meaning. None: every row counts.
+        target: (...), int64 or int32: where it is ignore_index, the row counts for nothing. Its other values only tell
+            which classes are frequent: those rows of the weight's gradient are summed in fp32. None: every row counts,
+            and the first of them tell.
         student_bias, teacher_bias: (V,), as the weights; None for none.
         beta: 0 is the forward divergence KL(teacher ‖ student), 1 the reverse one, KL(student ‖ teacher).
         temperature: divides the logits of both, after scale and softcap. The loss is not multiplied by its square.
@@ -223,7 +222,7 @@ def linear_distillation(
         raise ValueError(f"{op}: beta must be from 0 to 1, not {beta}")
     if not 0 < temperature < math.inf:
         raise ValueError(f"{op}: temperature must be positive and finite, not {temperature}")
-    shape = student_input.shape[:-1]
+    shape, frequent = student_input.shape[:-1], None if target is None else target.reshape(-1)
     if target is None:
         target = student_input.new_full(shape, 0 if ignore_index else 1, dtype=torch.int64)
     check_arguments(op, target, student_input, checked_options(op, ignore_index), reduction, denominator)
@@ -240,7 +239,7 @@ def linear_distillation(
     labels = target.reshape(-1)
     loss = _LinearDistillation.apply(
         x, student_weight, student_bias, y, teacher_weight.detach(),
-        None if teacher_bias is None else teacher_bias.detach(), labels != ignore_index,
+        None if teacher_bias is None else teacher_bias.detach(), labels != ignore_index, frequent,
         divisor(denominator, reduction, labels, ignore_index, x), reduction,
         needed(x, student_weight, student_bias), (compute_dtype, sum_dtype, teacher_dtype),
         beta, temperature, scalings,

@@ -23,10 +23,9 @@ from torch import Tensor
 
 from liger.ops.constant import constant
 from liger.ops.cross_entropy import check_arguments, check_labels, checked_options
+from liger.ops.linear_checks import check_dtypes, check_layer
 from liger.ops.linear_chunks import (
     Gradients,
-    check_dtypes,
-    check_layer,
     empty_gradients,
     given,
     needed,

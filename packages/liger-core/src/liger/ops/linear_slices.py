@@ -2,9 +2,10 @@
 
     dx = Σ_slices dlogits W        dW = dlogitsᵀ x        db = Σ_rows dlogits
 
-The logits of one slice of classes are computed into a buffer, where the op puts their gradient in their place. Each row
-of dW is then one product, written once, where `linear_chunks` reads, adds to and rounds all of dW for each of its
-chunks of rows. dx is summed over the slices in fp32 and rounded once.
+The logits of one slice of classes are computed into a buffer, where the op puts their gradient in their place. Where
+all rows fit one block, each row of dW is then one product, written once, where `linear_chunks` reads, adds to and
+rounds all of dW for each of its chunks of rows. Of more than two blocks dW is summed in fp32. dx is summed over the
+slices in fp32 and rounded once.
 """
 
 from __future__ import annotations
@@ -27,7 +28,6 @@ from liger.ops.linear_chunks import (
     edges,
     empty_gradients,
     empty_logits,
-    updates,
 )
 
 
@@ -61,7 +61,7 @@ def through_slices(
     memory = min(CPU_CHUNK_BYTES, memory) if input.device.type == "cpu" else memory
     blocks, slices = grid(rows, width, weight.shape[0], compute_dtype.itemsize, memory)
     # a sum of fp16 needs fp32's range: a loss scaler's gradients are large, others smaller than fp16's least
-    in_own_dtype = 1 if weight.dtype == torch.float16 else updates(rows, weight.shape[0])
+    in_own_dtype = 1 if weight.dtype == torch.float16 else 2
     sum_dtype = weight.dtype if len(blocks) <= in_own_dtype else torch.promote_types(weight.dtype, torch.float32)
     dx, dw, db = empty_gradients(input, weight, (needs_input and not rows, *needs[1:]), compute_dtype, sum_dtype)
     if not rows:

@@ -24,10 +24,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from liger.ops.cross_entropy import check_arguments, check_labels, checked_options, divisor, reduced
+from liger.ops.linear_checks import check_accum_dtype, check_dtypes, check_layer
 from liger.ops.linear_chunks import (
-    check_accum_dtype,
-    check_dtypes,
-    check_layer,
     given,
     needed,
     through_chunks,
