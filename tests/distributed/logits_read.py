@@ -24,7 +24,7 @@ BEFORE_BACKWARD = {
     "fsdp1, layers": GONE,
     "zero-3": r"read outputs.logits.detach\(\)",
 }
-"""None: they are right; else what the error says."""
+"""None: they are right; else what the error says, when they are read or in their backward."""
 
 
 def same(logits: torch.Tensor, expected: torch.Tensor) -> None:
@@ -40,7 +40,7 @@ def before_backward(name: str) -> None:
     outputs = wrapped.module(**inputs[RANK])
     if BEFORE_BACKWARD[name]:
         with pytest.raises(RuntimeError, match=BEFORE_BACKWARD[name]):
-            outputs.logits + 0
+            outputs.logits.sum().backward()
         if name == "zero-3":
             same(outputs.logits.detach() + 0, stock(**inputs[RANK]).logits)
     else:

@@ -190,6 +190,59 @@ def test_an_autograd_function_that_takes_them_unread_raises_instead_of_dropping_
     assert leaf.grad is not None
 
 
+class Detaches(torch.autograd.Function):
+    """As DeepSpeed's do."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.detach()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient
+
+
+class HandsOn(torch.autograd.Function):
+    """As torch's of a full backward hook does."""
+
+    @staticmethod
+    def forward(ctx, x, y):
+        ctx.mark_non_differentiable(*(t for t in (x, y) if not t.requires_grad))
+        return x, y
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        return gradients
+
+
+@pytest.mark.parametrize("cut_off", [Detaches.apply, lambda x: HandsOn.apply(x, torch.ones(1, requires_grad=True))[0]])
+@pytest.mark.parametrize("read", [lambda x: x + 0, lambda x: x.double(), lambda x: x.clone(), lambda x: x.float()])
+def test_a_gradient_that_would_be_lost_is_refused(made, cut_off, read):
+    lazy, _, leaf = made
+    logits, expected = cut_off(lazy), torch.arange(6.0).view(2, 3) * 2
+    assert torch.equal(logits.detach() + 0, expected)
+    values = read(logits)
+    assert torch.equal(values.argmax(-1), expected.argmax(-1))
+    assert torch.equal(values.detach().float(), expected)
+    with pytest.raises(RuntimeError, match="went through an autograd Function before they were read"):
+        (values * 2).sum().backward()
+    assert leaf.grad is None
+    with torch.no_grad():
+        assert not read(cut_off(lazy)).requires_grad
+
+
+@pytest.mark.parametrize("read_before", [False, True])
+@pytest.mark.parametrize("function", [lambda x: x.float().square().mean(), lambda x: x.log_softmax(-1)[:, 0].sum()])
+def test_compiled_code_takes_them(made, function, read_before):
+    lazy, _, leaf = made
+    if read_before:
+        lazy + 0
+    torch._dynamo.reset()
+    torch.compile(function, backend="eager")(lazy).backward()
+    (expected,) = torch.autograd.grad(function(leaf * 2), leaf)
+    torch.testing.assert_close(leaf.grad, expected)
+
+
 def test_the_dispatcher_is_a_second_net(made):
     """What passes by torch functions (C++ callers, autograd Functions) still meets values, not an empty shell."""
     lazy, calls, _ = made

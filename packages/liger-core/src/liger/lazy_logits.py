@@ -42,6 +42,9 @@ _CONVERSIONS: dict[Any, torch.dtype | None] = {
 }
 
 
+_uncompiled = torch.compiler.disable(reason="outputs.logits are lazy: give compiled code outputs.logits + 0")
+
+
 class _Values:
     """The values of some `LazyLogits` without their graph, for what is detached from them and may outlive them."""
 
@@ -59,7 +62,7 @@ class _Values:
         """The values, which the logits themselves compute as long as they are alive, so that it happens once."""
         logits = self._logits()
         if logits is not None:
-            logits.read()
+            logits.materialize()
         elif self._compute is not None:
             self.set(self._compute())
         assert self._value is not None
@@ -72,15 +75,18 @@ class LazyLogits(Tensor):
     """A tensor of a given shape, dtype and device whose values `compute` returns at the first use.
 
     Until then Python is told that it requires no gradient, so that nobody hooks into a graph that is not there. An
-    autograd Function that takes it as it is does not see through to that graph: its backward raises.
+    autograd Function that takes it as it is does not see through to that graph: its backward raises. So does that of
+    what is computed from what such a Function has handed on.
     """
 
     _compute: Callable[[], Tensor] | None
     _value: Tensor | None
     _plain: _Values
     _with_grad: bool
+    _is_cut_off = False  # handed on by a Function that was told that it requires no gradient
 
     @staticmethod
+    @_uncompiled
     def __new__(
         cls: type[LazyLogits],
         compute: Callable[[], Tensor],
@@ -108,29 +114,32 @@ class LazyLogits(Tensor):
     def materialize(self) -> Tensor:
         """The logits, computed now if they were not yet.
 
-        Raises:
-            RuntimeError: an autograd Function detached them unread (DeepSpeed does that to every output): gradients
-                would not reach the model. Their values can be had by `detach()`.
+        Their backward raises where an autograd Function has detached them unread (DeepSpeed does that to every output),
+        so that gradients would not reach the model.
         """
-        with torch._C.DisableTorchFunctionSubclass():
-            lost = self.requires_grad and not self._with_grad
-        if lost and torch.is_grad_enabled():
-            raise RuntimeError(
-                "liger: outputs.logits went through an autograd Function before they were read (DeepSpeed's ZeRO?): "
-                "gradients would not reach the model; read outputs.logits.detach(), or use liger.apply(model, "
-                "loss='full')"
-            )
-        return self.read()
-
-    def read(self) -> Tensor:
-        """The same, without looking at who reads."""
         if self._value is None:
             assert self._compute is not None
             with _without_saved_tensors_hooks():
-                self._value = self._compute()
-            self._plain.set(self._value)
+                value = self._compute()
+            if self._is_lost():
+                with torch.inference_mode(False), torch.enable_grad():
+                    value = _Lost.apply(value.detach().requires_grad_())
+            self._value = value
+            self._plain.set(value)
             self._compute = None  # it holds the hidden states and their graph
         return self._value
+
+    def _is_lost(self) -> bool:
+        """Whether there would be a graph, had nobody cut it off."""
+        with torch._C.DisableTorchFunctionSubclass():
+            return self._is_cut_off or (self.requires_grad and not self._with_grad)
+
+    def _cut_off(self) -> LazyLogits:
+        """The same for who takes it for what requires no gradient."""
+        with torch._C.DisableTorchFunctionSubclass():
+            handed_on = LazyLogits(self._plain.read, self.shape, self.dtype, self.device)
+        handed_on._is_cut_off = True
+        return handed_on
 
     def __repr__(self) -> str:  # type: ignore[override]
         if self._value is None:
@@ -157,11 +166,12 @@ class LazyLogits(Tensor):
         if func is Tensor.to:
             to_device, to_dtype, *_ = torch._C._nn._parse_to(*args, **kwargs)
             device, dtype = to_device or device, to_dtype or dtype
-        if self._with_grad and torch.is_grad_enabled() and func is not Tensor.detach:
+        if (self._with_grad or self._is_lost()) and torch.is_grad_enabled() and func is not Tensor.detach:
             return LazyLogits(compute, shape, dtype, device, detached)
         return LazyLogits(detached, shape, dtype, device)
 
     @classmethod
+    @_uncompiled
     def __torch_function__(
         cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
@@ -194,8 +204,26 @@ class LazyLogits(Tensor):
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if func is torch.ops.aten.detach.default and args[0]._value is None and args[0]._with_grad:
+            return args[0]._cut_off()  # Python's detach does not come here: a Function hands on what it was given
         args, kwargs = _materialized((args, kwargs or {}))
         return func(*args, **kwargs)
+
+
+class _Lost(torch.autograd.Function):
+    """The values of logits that an autograd Function has cut off from the model."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor) -> Tensor:
+        return values.view_as(values)
+
+    @staticmethod
+    def backward(ctx: Any, _: Tensor) -> None:
+        raise RuntimeError(
+            "liger: outputs.logits went through an autograd Function before they were read (DeepSpeed's ZeRO, a full "
+            "backward hook?): gradients would not reach the model; read outputs.logits.detach(), or use "
+            "liger.apply(model, loss='full')"
+        )
 
 
 def _materialized(tree: Any) -> Any:
