@@ -19,7 +19,9 @@ from transformers.models.llama.modeling_llama import (
 from transformers.utils import ModelOutput
 
 from adapted_models import LLAMA, llama
+from liger.layers import RMSNorm
 from liger.patch import apply_adapters
+from liger.subclass import helpers, layer_class
 from liger.testing.tiny import batch
 
 pytestmark = pytest.mark.usefixtures("no_interpreter")
@@ -49,6 +51,62 @@ class OthersMLP(nn.Module):
 
     def forward(self, x):
         return x * 0
+
+
+def doubled(function):
+    return lambda *args, **kwargs: 2 * function(*args, **kwargs)
+
+
+@pytest.mark.parametrize("first", ["replaced", "applied"])
+def test_what_a_function_calls_that_an_op_stands_for_is_heard(device, monkeypatch, first):
+    model, stock = llama(device), llama(device)
+    model.load_state_dict(stock.state_dict())
+    if first == "applied":
+        apply(model)
+    monkeypatch.setattr(modeling_llama, "rotate_half", doubled(modeling_llama.rotate_half))
+    expected = stock(**batch(99, device)).loss
+    if first == "replaced":
+        reasons = {d.reason for d in apply(model).declined if d.kind == "rope"}
+        place = "transformers.models.llama.modeling_llama's own rotate_half"
+        assert reasons == {f"apply_rotary_pos_emb calls {__name__}.doubled.<locals>.<lambda> in the place of {place}"}
+    torch.testing.assert_close(model(**batch(99, device)).loss, expected)
+    monkeypatch.undo()
+    torch.testing.assert_close(model(**batch(99, device)).loss, stock(**batch(99, device)).loss)
+
+
+def test_an_activation_that_was_replaced_later_runs(device, monkeypatch):
+    model, stock = llama(device), llama(device)
+    model.load_state_dict(stock.state_dict())
+    apply(model)
+    act = type(model.model.layers[0].mlp.act_fn)
+    monkeypatch.setattr(act, "forward", doubled(act.forward))
+    torch.testing.assert_close(model(**batch(99, device)).loss, stock(**batch(99, device)).loss)
+
+
+def test_hooks_on_all_modules_see_the_activation(device):
+    model, stock = llama(device), llama(device)
+    model.load_state_dict(stock.state_dict())
+    apply(model)
+    acts = {module.mlp.act_fn for m in (model, stock) for module in m.model.layers}
+    hook = nn.modules.module.register_module_forward_hook(lambda m, _, output: 2 * output if m in acts else None)
+    try:
+        losses = [m(**batch(99, device)).loss for m in (model, stock)]
+    finally:
+        hook.remove()
+    torch.testing.assert_close(*losses)
+    assert not torch.equal(losses[0], stock(**batch(99, device)).loss)
+
+
+def test_a_helper_of_a_method_that_was_replaced_later_runs(device, monkeypatch):
+    from transformers.models.gemma2 import modeling_gemma2 as gemma2
+
+    norm = gemma2.Gemma2RMSNorm(16).to(device)
+    x = torch.randn(3, 16, device=device)
+    norm.__class__ = layer_class(gemma2.Gemma2RMSNorm, RMSNorm(cast="gemma", offset=1.0))
+    assert helpers(gemma2.Gemma2RMSNorm, "forward") == ("_norm",)
+    before = norm(x)
+    monkeypatch.setattr(gemma2.Gemma2RMSNorm, "_norm", doubled(gemma2.Gemma2RMSNorm._norm))
+    torch.testing.assert_close(norm(x), 2 * before)
 
 
 @pytest.fixture

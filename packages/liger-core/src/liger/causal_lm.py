@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from liger.known_code import HOOKS, foreign_global
+from liger.known_code import HOOKS, HOOKS_ON_ALL, foreign_global
 from liger.loss_request import AfterHead, LossRequest, StockLoss, running, stock_loss_of
 from liger.sharded_head import before_the_instance, has_transformers_forward, is_taken_away
 
@@ -136,8 +136,7 @@ class CausalLM:
             return f"a parametrization of {self.head}, which may be random, changes logits"
         if "forward" in vars(head) and not (has_transformers_forward(head) or _is_accelerates(head)):
             return f"{self.head}.forward was replaced on the instance, which may change logits"
-        hooks = [getattr(head, kind) for kind in HOOKS]
-        hooks += [getattr(nn.modules.module, f"_global{kind}", {}) for kind in HOOKS]  # private: there may be none
+        hooks = (*(getattr(head, kind) for kind in HOOKS), *HOOKS_ON_ALL)
         watched = any(not _module_of(hook).startswith(_GATHERING) for kind in hooks for hook in kind.values())
         return f"a hook on {self.head} may see or change logits" if watched else None
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import nn
 
-from liger.subclass import Swappable
+from liger.subclass import Swappable, names_of
 
 
 def foreign_method(module: nn.Module, cls: type[nn.Module], method: str) -> str | None:
@@ -40,6 +40,9 @@ def foreign_forward(cls: type, method: str = "forward") -> str | None:
 HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 """The attributes in which a module keeps its hooks."""
 
+HOOKS_ON_ALL: tuple[dict[int, Any], ...] = tuple(getattr(nn.modules.module, f"_global{kind}", {}) for kind in HOOKS)
+"""Those on every module of the process; private, so that there may be none."""
+
 
 def foreign_class(cls: type, name: str, modeling: str) -> str | None:
     """Why `cls`, which `modeling` has under that name, is not the class that it had there, or None."""
@@ -54,6 +57,10 @@ def foreign_function(function: Any, op: Callable[..., Any] | str, modeling: str)
         return f"{function.__name__} {op}"
     if not isinstance(function, FunctionType) or function.__module__ != modeling:
         return f"{modeling} holds {described(function)} in its own function's place"
+    for name in sorted(names_of(inspect.unwrap(function).__code__)):
+        called = function.__globals__.get(name)
+        if isinstance(called, FunctionType) and _package(_defined_in(called)) not in (_package(modeling), "torch"):
+            return f"{function.__name__} calls {described(called)} in the place of {modeling}'s own {name}"
     theirs, ours = ([(p.name, p.default) for p in inspect.signature(f).parameters.values()] for f in (function, op))
     return None if theirs == ours else f"{function.__name__} takes {theirs}, {op.__name__} takes {ours}"
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from liger.adapter import Kind, Layer
 from liger.autocast import autocast_dtype
-from liger.known_code import HOOKS, described
+from liger.known_code import HOOKS, HOOKS_ON_ALL, described, foreign_forward
 from liger.ops import geglu, geglu_joined, layer_norm, rms_norm, swiglu, swiglu_joined
 from liger.ops.geglu import Approximate
 from liger.ops.launch import runs_kernels
@@ -154,8 +154,15 @@ def _is_replaced(act_fn: Any) -> bool:
 
 def _gate_of(act_fn: Any) -> _Gate | None:
     """The kernels of an activation; None where it must be called itself."""
-    if _is_replaced(act_fn) or any(getattr(act_fn, hooks, None) for hooks in HOOKS):
+    if _is_replaced(act_fn) or any(HOOKS_ON_ALL) or any(getattr(act_fn, hooks, None) for hooks in HOOKS):
         return None
+    found = _gate_of_class(act_fn)
+    if found is None or torch.compiler.is_compiling():
+        return found
+    return None if foreign_forward(type(act_fn)) else found
+
+
+def _gate_of_class(act_fn: Any) -> _Gate | None:
     return _GATE_OF_CLASS.get((type(act_fn).__module__, type(act_fn).__name__))
 
 
@@ -212,6 +219,9 @@ class Gated(Layer):
             return f"a hook on its {self.act_fn} wants to be called"
         if _is_replaced(act_fn):
             return f"its {self.act_fn}.forward was replaced on the instance by {described(vars(act_fn)['forward'])}"
+        replaced = foreign_forward(type(act_fn)) if _gate_of_class(act_fn) else None
+        if replaced:
+            return f"of its {self.act_fn} {replaced}"
         # The module may hold another activation than its config or its class says: ask it, at a few points.
         if gate is not None and not _computes(act_fn, gate.activation):
             return f"its {self.act_fn} does not compute {name}"

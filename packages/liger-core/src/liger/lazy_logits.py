@@ -12,11 +12,13 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 
 _PROPERTIES = (
     *("shape", "dtype", "device", "layout", "ndim", "itemsize", "nbytes", "requires_grad", "grad_fn", "is_leaf"),
@@ -42,7 +44,10 @@ _CONVERSIONS: dict[Any, torch.dtype | None] = {
 }
 
 
-_uncompiled = torch.compiler.disable(reason="outputs.logits are lazy: give compiled code outputs.logits + 0")
+def _uncompiled(function: _Function) -> _Function:
+    reason = "outputs.logits are lazy: give compiled code outputs.logits + 0"
+    disabled: _Function = torch.compiler.disable(function, reason=reason)
+    return disabled
 
 
 class _Values:

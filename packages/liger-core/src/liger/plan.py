@@ -20,9 +20,11 @@ from liger.subclass import (
     Swappable,
     function_class,
     head_class,
+    helpers,
     holds_what_it_wraps,
     layer_class,
     model_class,
+    names_of,
     parallel_head_class,
     recompute_class,
 )
@@ -160,7 +162,7 @@ def _kernels(adapter: Adapter, name: str, module: nn.Module, parent: type, switc
     for target, cls, layer in adapter.layers_of(type(module), parent):
         if getattr(switches, layer.kind):
             reason = switches.skipped(name) or foreign_class(cls, target, adapter.modeling)
-            for method in (layer.method, *_helpers(cls, layer.method)):
+            for method in (layer.method, *helpers(cls, layer.method)):
                 reason = reason or foreign_method(module, cls, method)
             reason = reason or layer.declines(module)
             runs = repr(layer) if reason else layer.kernel(module)
@@ -238,15 +240,10 @@ def _recompute(model: nn.Module, switches: Switches, planned: dict[nn.Module, ty
         yield _Proposal(name, backbone, "recompute", cls_name, _RECOMPUTES, reason, recompute_class, None)
 
 
-def _names_in(cls: type[nn.Module], method: str = "forward") -> tuple[str, ...]:
-    """The names, of globals and of attributes, that the class's own method uses, looked at behind its decorators."""
-    function = vars(cls).get(method)
-    return inspect.unwrap(function).__code__.co_names if isinstance(function, FunctionType) else ()
-
-
-def _helpers(cls: type[nn.Module], method: str) -> list[str]:
-    """Other methods of the class that this one calls, as the forward of Gemma's norm calls `_norm`."""
-    return [name for name in _names_in(cls, method) if isinstance(vars(cls).get(name), FunctionType)]
+def _names_in(cls: type[nn.Module]) -> set[str]:
+    """The names that the class's own forward uses, looked at behind its decorators."""
+    function = vars(cls).get("forward")
+    return names_of(inspect.unwrap(function).__code__) if isinstance(function, FunctionType) else set()
 
 
 def _wrapped(cls: type[nn.Module]) -> str | None:

@@ -49,31 +49,38 @@ def _new_instance(subclass: Callable[..., type[nn.Module]], base: type[nn.Module
 
 
 def _subclass(
-    base: type[nn.Module], members: dict[str, Any], recipe: Any, kernel: Callable[[nn.Module], str]
+    base: type[nn.Module],
+    members: dict[str, Any],
+    recipe: Any,
+    kernel: Callable[[nn.Module], str],
+    stands_for: tuple[str, ...] = (),
 ) -> type[nn.Module]:
     """A subclass of `base` that answers to its name; `recipe` makes an instance of it in another process.
 
     Its repr says which kernel it runs. A method of `base` that somebody replaces later, for every model, runs instead
-    of ours.
+    of ours; so does the method that calls one which ours `stands_for`.
     """
     identity = {name: getattr(base, name) for name in ("__module__", "__qualname__", "__doc__")}
 
     def extra_repr(self: nn.Module) -> str:
         return ", ".join(filter(None, [base.extra_repr(self), f"liger={kernel(self)}"]))
 
-    heeding = {name: _heeding(base, name, ours) for name, ours in members.items() if isinstance(ours, FunctionType)}
+    functions = {name: ours for name, ours in members.items() if isinstance(ours, FunctionType)}
+    heeding = {name: _heeding(base, (name, *stands_for), ours) for name, ours in functions.items()}
     own = {**identity, **members, **heeding, "extra_repr": extra_repr, "_recipe": recipe}
     return type(base.__name__, (Swappable, base), own)
 
 
-def _heeding(base: Any, name: str, ours: Callable[..., Any]) -> Callable[..., Any]:
-    """`ours` with the signature of the method of `base`, and as long as that is what it is now."""
-    stock = getattr(base, name)
+def _heeding(base: Any, names: tuple[str, ...], ours: Callable[..., Any]) -> Callable[..., Any]:
+    """`ours` with the signature of the first method of `base`, and as long as all are what they are now."""
+    stock = [(name, getattr(base, name)) for name in names]
 
-    @functools.wraps(stock)
+    @functools.wraps(stock[0][1])
     def method(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        now = getattr(base, name)
-        return ours(self, *args, **kwargs) if now is stock else now(self, *args, **kwargs)
+        for name, known in stock:
+            if getattr(base, name) is not known:
+                return getattr(base, names[0])(self, *args, **kwargs)
+        return ours(self, *args, **kwargs)
 
     return method
 
@@ -99,7 +106,8 @@ def layer_class(base: Any, layer: Layer) -> type[nn.Module]:
     def method(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return compute(self, *args, **{names.get(name, name): value for name, value in kwargs.items()})
 
-    return _subclass(base, {layer.method: method}, (layer_class, base, layer), layer.kernel)
+    recipe, stands_for = (layer_class, base, layer), helpers(base, layer.method)
+    return _subclass(base, {layer.method: method}, recipe, layer.kernel, stands_for)
 
 
 @_cached
@@ -120,29 +128,39 @@ def function_class(base: Any, ops: tuple[tuple[str, Callable[..., Any]], ...]) -
 def _globals_but_for(function: Any, ops: dict[str, Any]) -> tuple[dict[str, Any], Callable[[], None]]:
     """A copy of the function's globals with `ops` in it, and what keeps it up with them.
 
-    Whoever puts something else into the module, in the place of what an op stands for too, is heard.
+    Whoever puts something else into the module is heard, in the place of what an op stands for too, or of what that
+    calls.
     """
     theirs = function.__globals__
     own = {**theirs, **ops}
-    stock = {name: theirs.get(name, _ABSENT) for name in _names_of(function.__code__)}
+    behind = {name: {name, *names_of(inspect.unwrap(theirs[name]).__code__)} for name in ops}
+    stock = {name: theirs.get(name, _ABSENT) for name in names_of(function.__code__).union(*behind.values())}
     seen = dict(stock)
 
     def follow() -> None:
-        for name, value in seen.items():
-            now = theirs.get(name, _ABSENT)
-            if now is not value:
-                seen[name] = now
-                own[name] = ops[name] if name in ops and now is stock[name] else now
-                if now is _ABSENT:
-                    del own[name]
+        changed = [name for name, value in seen.items() if theirs.get(name, _ABSENT) is not value]
+        if not changed:
+            return
+        for name in changed:
+            seen[name] = own[name] = theirs.get(name, _ABSENT)
+            if own[name] is _ABSENT:
+                del own[name]
+        for name, op in ops.items():
+            own[name] = op if all(seen[known] is stock[known] for known in behind[name]) else seen[name]
 
     return own, follow
 
 
-def _names_of(code: CodeType) -> set[str]:
-    """The names that a function's code uses, and the functions inside it."""
+def names_of(code: CodeType) -> set[str]:
+    """The names, of globals and of attributes, that a function's code uses, and the functions inside it."""
     inner = (constant for constant in code.co_consts if isinstance(constant, CodeType))
-    return set(code.co_names).union(*map(_names_of, inner))
+    return set(code.co_names).union(*map(names_of, inner))
+
+
+def helpers(cls: type, method: str) -> tuple[str, ...]:
+    """Other methods of the class that this one calls, as the forward of Gemma's norm calls `_norm`."""
+    named = names_of(inspect.unwrap(getattr(cls, method)).__code__) - {method, *dir(nn.Module)}
+    return tuple(sorted(name for name in named if isinstance(getattr(cls, name, None), FunctionType)))
 
 
 def _over(function: Any, own: dict[str, Any]) -> Any:

@@ -96,7 +96,7 @@ def is_seen_through() -> bool:
     return not torch.compiler.is_compiling() and (
         _transforms_are_active()
         or getattr(forward_ad, "_current_level", -1) >= 0
-        or torch.jit.is_tracing()
+        or torch.jit.is_tracing()  # type: ignore[attr-defined]
         or (_PROXIES is not None and _dispatch_mode(_PROXIES) is not None)
     )
 
