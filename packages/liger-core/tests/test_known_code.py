@@ -7,6 +7,7 @@ import functools
 import pytest
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 from transformers.loss import loss_utils
 from transformers.models.llama import modeling_llama
 from transformers.models.llama.modeling_llama import (
@@ -83,10 +84,51 @@ def test_an_activation_that_was_replaced_later_runs(device, monkeypatch):
     torch.testing.assert_close(model(**batch(99, device)).loss, stock(**batch(99, device)).loss)
 
 
+class Doubled:
+    """A function that is none."""
+
+    def __init__(self, function):
+        self.function = function
+
+    def __call__(self, *args, **kwargs):
+        return 2 * self.function(*args, **kwargs)
+
+
+def wrapped(function):
+    @functools.wraps(function)
+    def called(q, k, *args, **kwargs):
+        return function(2 * q, k, *args, **kwargs)
+
+    return called
+
+
+@pytest.mark.parametrize(("name", "replace"), [("rotate_half", Doubled), ("apply_rotary_pos_emb", wrapped)])
+@pytest.mark.parametrize("first", ["replaced", "applied"])
+def test_what_hides_what_it_is_is_heard(device, monkeypatch, name, replace, first):
+    model, stock = llama(device), llama(device)
+    model.load_state_dict(stock.state_dict())
+    if first == "applied":
+        apply(model)
+    before = stock(**batch(99, device)).loss
+    monkeypatch.setattr(modeling_llama, name, replace(getattr(modeling_llama, name)))
+    if first == "replaced":
+        assert "rope" in {d.kind for d in apply(model).declined}
+    expected = stock(**batch(99, device)).loss
+    torch.testing.assert_close(model(**batch(99, device)).loss, expected)
+    assert abs(expected - before) > 1e-4
+
+
+def test_a_forward_without_code_is_declined(device, monkeypatch):
+    monkeypatch.setattr(LlamaRMSNorm, "forward", torch.relu)
+    monkeypatch.setattr(LlamaMLP, "forward", Doubled(LlamaMLP.forward))
+    assert {d.kind for d in apply(llama(device)).declined} == {"norm", "mlp"}
+
+
 def test_hooks_on_all_modules_see_the_activation(device):
     model, stock = llama(device), llama(device)
     model.load_state_dict(stock.state_dict())
-    apply(model)
+    with FlopCounterMode(display=False):
+        assert not apply(model).declined
     acts = {module.mlp.act_fn for m in (model, stock) for module in m.model.layers}
     hook = nn.modules.module.register_module_forward_hook(lambda m, _, output: 2 * output if m in acts else None)
     try:

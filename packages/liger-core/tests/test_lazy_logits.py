@@ -215,12 +215,36 @@ class HandsOn(torch.autograd.Function):
         return gradients
 
 
-@pytest.mark.parametrize("cut_off", [Detaches.apply, lambda x: HandsOn.apply(x, torch.ones(1, requires_grad=True))[0]])
+class Clones(Detaches):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+
+def hooked(x):
+    return HandsOn.apply(x, torch.ones(1, requires_grad=True))[0]
+
+
+CUTS = {
+    "detached": Detaches.apply,
+    "cloned": Clones.apply,
+    "hooked": hooked,
+    "hooked twice": lambda x: hooked(hooked(x)),
+    "detached, hooked": lambda x: hooked(Detaches.apply(x)),
+    "cloned, hooked": lambda x: hooked(Clones.apply(x)),
+}
+
+
+@pytest.mark.parametrize("looked", [None, torch.no_grad, torch.inference_mode, torch.enable_grad])
+@pytest.mark.parametrize("cut_off", CUTS.values(), ids=CUTS)
 @pytest.mark.parametrize("read", [lambda x: x + 0, lambda x: x.double(), lambda x: x.clone(), lambda x: x.float()])
-def test_a_gradient_that_would_be_lost_is_refused(made, cut_off, read):
+def test_a_gradient_that_would_be_lost_is_refused(made, cut_off, read, looked):
     lazy, _, leaf = made
     logits, expected = cut_off(lazy), torch.arange(6.0).view(2, 3) * 2
-    assert torch.equal(logits.detach() + 0, expected)
+    if looked is not None:
+        with looked():
+            assert torch.equal(logits.detach() + 0, expected)
+            assert torch.equal(logits.argmax(-1), expected.argmax(-1))
     values = read(logits)
     assert torch.equal(values.argmax(-1), expected.argmax(-1))
     assert torch.equal(values.detach().float(), expected)
@@ -229,6 +253,32 @@ def test_a_gradient_that_would_be_lost_is_refused(made, cut_off, read):
     assert leaf.grad is None
     with torch.no_grad():
         assert not read(cut_off(lazy)).requires_grad
+
+
+def test_lost_logits_of_which_no_gradient_comes_back_raise_nothing(made):
+    """As where DDP passes every output through a Function, or a loss of others is all that is differentiated."""
+
+    class First(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, y):
+            return x.clone(), y.clone()
+
+        @staticmethod
+        def backward(ctx, gradient, _):
+            return gradient, None
+
+    lazy, _, leaf = made
+    First.apply(leaf * 1, hooked(lazy) + 0)[0].sum().backward()
+    assert torch.equal(leaf.grad, torch.ones(2, 3))
+
+
+def test_a_look_under_inference_mode_takes_no_gradient_away(made):
+    lazy, _, leaf = made
+    converted = lazy.double()
+    with torch.inference_mode():
+        converted.argmax(-1)
+    converted.sum().backward()
+    assert torch.equal(leaf.grad, torch.full((2, 3), 2.0))
 
 
 @pytest.mark.parametrize("read_before", [False, True])

@@ -55,11 +55,12 @@ def foreign_function(function: Any, op: Callable[..., Any] | str, modeling: str)
     """Why `op` may not stand for `function`, or None."""
     if isinstance(op, str):
         return f"{function.__name__} {op}"
-    if not isinstance(function, FunctionType) or function.__module__ != modeling:
+    is_own = isinstance(function, FunctionType) and function.__module__ == modeling
+    if not is_own or _is_foreign(function, modeling):
         return f"{modeling} holds {described(function)} in its own function's place"
-    for name in sorted(names_of(inspect.unwrap(function).__code__)):
+    for name in sorted(names_of(function)):
         called = function.__globals__.get(name)
-        if isinstance(called, FunctionType) and _package(_defined_in(called)) not in (_package(modeling), "torch"):
+        if callable(called) and not isinstance(called, type) and _is_foreign(called, modeling):
             return f"{function.__name__} calls {described(called)} in the place of {modeling}'s own {name}"
     theirs, ours = ([(p.name, p.default) for p in inspect.signature(f).parameters.values()] for f in (function, op))
     return None if theirs == ours else f"{function.__name__} takes {theirs}, {op.__name__} takes {ours}"
@@ -71,6 +72,10 @@ def foreign_global(module: ModuleType, name: str) -> str | None:
     if _defined_in(function) == module.__name__:
         return None
     return f"{module.__name__} holds {described(function)} in the place of its own {name}"
+
+
+def _is_foreign(function: Any, modeling: str) -> bool:
+    return _package(_defined_in(function)) not in (_package(modeling), "torch", "builtins")
 
 
 def _package(module: str) -> str:

@@ -203,7 +203,7 @@ class Gated(Layer):
         """What the activation is called, by the config or by its class, and the kernels of that."""
         if self.act is None:
             act_fn = getattr(module, self.act_fn, None)
-            return type(act_fn).__name__, _gate_of(act_fn)
+            return type(act_fn).__name__, _gate_of_class(act_fn)
         name = getattr(getattr(module, "config", None), self.act, None)
         return name, _GATES.get(name) if isinstance(name, str) else None
 
@@ -225,7 +225,7 @@ class Gated(Layer):
         # The module may hold another activation than its config or its class says: ask it, at a few points.
         if gate is not None and not _computes(act_fn, gate.activation):
             return f"its {self.act_fn} does not compute {name}"
-        known = gate is not None and _gate_of(act_fn) is gate
+        known = gate is not None and _gate_of_class(act_fn) is gate
         return None if known else f"its {self.act_fn} is a {type(act_fn).__name__}, which has no kernel"
 
     def _children_decline(self, module: Any, expected: set[str]) -> str | None:

@@ -81,7 +81,8 @@ class LazyLogits(Tensor):
 
     Until then Python is told that it requires no gradient, so that nobody hooks into a graph that is not there. An
     autograd Function that takes it as it is does not see through to that graph: its backward raises. So does that of
-    what is computed from what such a Function has handed on.
+    what is computed from what such a Function has handed on. Only a second one, that detaches or clones what the first
+    was told to require no gradient, looks like whoever wants values alone.
     """
 
     _compute: Callable[[], Tensor] | None
@@ -124,15 +125,19 @@ class LazyLogits(Tensor):
         """
         if self._value is None:
             assert self._compute is not None
-            with _without_saved_tensors_hooks():
+            with torch.inference_mode(False), _without_saved_tensors_hooks():
                 value = self._compute()
-            if self._is_lost():
-                with torch.inference_mode(False), torch.enable_grad():
-                    value = _Lost.apply(value.detach().requires_grad_())
+                if self._is_lost():
+                    with torch.enable_grad():
+                        value = _Lost.apply(value.detach().requires_grad_())
             self._value = value
             self._plain.set(value)
             self._compute = None  # it holds the hidden states and their graph
         return self._value
+
+    def _has_graph(self) -> bool:
+        """Whether there is one behind it, or would be."""
+        return self._with_grad or self._is_lost()
 
     def _is_lost(self) -> bool:
         """Whether there would be a graph, had nobody cut it off."""
@@ -171,7 +176,7 @@ class LazyLogits(Tensor):
         if func is Tensor.to:
             to_device, to_dtype, *_ = torch._C._nn._parse_to(*args, **kwargs)
             device, dtype = to_device or device, to_dtype or dtype
-        if (self._with_grad or self._is_lost()) and torch.is_grad_enabled() and func is not Tensor.detach:
+        if self._has_graph() and torch.is_grad_enabled() and func is not Tensor.detach:
             return LazyLogits(compute, shape, dtype, device, detached)
         return LazyLogits(detached, shape, dtype, device)
 
@@ -198,6 +203,9 @@ class LazyLogits(Tensor):
                 return False
             if func == _GRAD_FN:
                 return None
+            is_handed_on = func is Tensor.view_as and args[1] is args[0] and not torch.is_grad_enabled()
+            if is_handed_on and args[0]._has_graph():
+                return args[0]._cut_off()  # what autograd makes of an input that a Function hands on
             if func in _METADATA:
                 return super().__torch_function__(func, types, args, kwargs)
             if func in _CONVERSIONS and _is_plain(args[1:], kwargs):
@@ -209,7 +217,7 @@ class LazyLogits(Tensor):
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if func is torch.ops.aten.detach.default and args[0]._value is None and args[0]._with_grad:
+        if func is torch.ops.aten.detach.default and args[0]._value is None and args[0]._has_graph():
             return args[0]._cut_off()  # Python's detach does not come here: a Function hands on what it was given
         args, kwargs = _materialized((args, kwargs or {}))
         return func(*args, **kwargs)
@@ -220,10 +228,13 @@ class _Lost(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, values: Tensor) -> Tensor:
+        ctx.set_materialize_grads(False)
         return values.view_as(values)
 
     @staticmethod
-    def backward(ctx: Any, _: Tensor) -> None:
+    def backward(ctx: Any, gradient: Tensor | None) -> None:
+        if gradient is None:  # as in `_refuse`
+            return
         raise RuntimeError(
             "liger: outputs.logits went through an autograd Function before they were read (DeepSpeed's ZeRO, a full "
             "backward hook?): gradients would not reach the model; read outputs.logits.detach(), or use "

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import inspect
 import itertools
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from types import FunctionType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import nn
@@ -242,8 +240,7 @@ def _recompute(model: nn.Module, switches: Switches, planned: dict[nn.Module, ty
 
 def _names_in(cls: type[nn.Module]) -> set[str]:
     """The names that the class's own forward uses, looked at behind its decorators."""
-    function = vars(cls).get("forward")
-    return names_of(inspect.unwrap(function).__code__) if isinstance(function, FunctionType) else set()
+    return names_of(vars(cls).get("forward"))
 
 
 def _wrapped(cls: type[nn.Module]) -> str | None:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 
 _ABSENT = object()
+_OF_EVERY_MODULE = frozenset(dir(nn.Module))
 
 FUSED = "linear_cross_entropy"
 """The op of a head that computes the loss."""
@@ -86,12 +87,13 @@ def _heeding(base: Any, names: tuple[str, ...], ours: Callable[..., Any]) -> Cal
 
 
 def _cached(make: Callable[[Any, Any], type[nn.Module]]) -> Callable[[Any, Any], type[nn.Module]]:
-    """`make`, once for each base, recipe, and method that the base has had where the subclass has its own."""
+    """`make`, once for each base, recipe, and methods that the base has had where the subclass has its own."""
     made = functools.cache(lambda base, recipe, _: make(base, recipe))
 
     @functools.wraps(make)
     def subclass(base: Any, recipe: Any) -> type[nn.Module]:
-        return made(base, recipe, getattr(base, getattr(recipe, "method", "forward")))
+        method = getattr(recipe, "method", "forward")
+        return made(base, recipe, tuple(getattr(base, name) for name in (method, *helpers(base, method))))
 
     return subclass
 
@@ -133,8 +135,8 @@ def _globals_but_for(function: Any, ops: dict[str, Any]) -> tuple[dict[str, Any]
     """
     theirs = function.__globals__
     own = {**theirs, **ops}
-    behind = {name: {name, *names_of(inspect.unwrap(theirs[name]).__code__)} for name in ops}
-    stock = {name: theirs.get(name, _ABSENT) for name in names_of(function.__code__).union(*behind.values())}
+    behind = {name: {name, *names_of(theirs[name])} for name in ops}
+    stock = {name: theirs.get(name, _ABSENT) for name in names_of(function).union(*behind.values())}
     seen = dict(stock)
 
     def follow() -> None:
@@ -143,23 +145,29 @@ def _globals_but_for(function: Any, ops: dict[str, Any]) -> tuple[dict[str, Any]
             return
         for name in changed:
             seen[name] = own[name] = theirs.get(name, _ABSENT)
-            if own[name] is _ABSENT:
-                del own[name]
         for name, op in ops.items():
             own[name] = op if all(seen[known] is stock[known] for known in behind[name]) else seen[name]
+        for name in changed:
+            if own[name] is _ABSENT:
+                del own[name]
 
     return own, follow
 
 
-def names_of(code: CodeType) -> set[str]:
-    """The names, of globals and of attributes, that a function's code uses, and the functions inside it."""
+def names_of(function: Any) -> set[str]:
+    """The names, of globals and of attributes, in a function's code behind its decorators; none of what has no code."""
+    code = getattr(inspect.unwrap(function), "__code__", None)
+    return set() if code is None else _names_in(code)
+
+
+def _names_in(code: CodeType) -> set[str]:
     inner = (constant for constant in code.co_consts if isinstance(constant, CodeType))
-    return set(code.co_names).union(*map(names_of, inner))
+    return set(code.co_names).union(*map(_names_in, inner))
 
 
 def helpers(cls: type, method: str) -> tuple[str, ...]:
     """Other methods of the class that this one calls, as the forward of Gemma's norm calls `_norm`."""
-    named = names_of(inspect.unwrap(getattr(cls, method)).__code__) - {method, *dir(nn.Module)}
+    named = names_of(getattr(cls, method)) - {method, *_OF_EVERY_MODULE}
     return tuple(sorted(name for name in named if isinstance(getattr(cls, name, None), FunctionType)))
 
 

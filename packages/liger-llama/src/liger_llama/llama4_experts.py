@@ -14,7 +14,7 @@ from liger.layers import Gated, gated
 
 @dataclass(frozen=True)
 class Llama4Experts(Gated):
-    """Every expert on every token, which its router's score has scaled before: two batched products, SiLU between.
+    """Every expert on every token, which its router's score has scaled before: two batched products, the gate between.
 
     The weights lie as (experts, in, out), and gate and up are the halves of one product, read where they lie.
     """

@@ -104,7 +104,7 @@ def is_seen_through() -> bool:
 def may_look_at(values: Tensor) -> bool:
     """Whether the values of a tensor are there and looking costs no synchronisation.
 
-    That is on the CPU, and neither in a compiled graph nor in `torch.func.vmap`, nor of a FakeTensor.
+    That is on the CPU, not of a FakeTensor, and where neither a compiler nor anybody else follows the operations.
     """
     is_there = values.device.type == "cpu" and type(values) in _PLAIN
     return is_there and not torch.compiler.is_compiling() and not is_seen_through()

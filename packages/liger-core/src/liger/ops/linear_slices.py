@@ -4,8 +4,8 @@
 
 The logits of one slice of classes are computed into a buffer, where the op puts their gradient in their place. Where
 all rows fit one block, each row of dW is then one product, written once, where `linear_chunks` reads, adds to and
-rounds all of dW for each of its chunks of rows. Of more than two blocks dW is summed in fp32. dx is summed over the
-slices in fp32 and rounded once.
+rounds all of dW for each of its chunks of rows; where they do not, dW is rounded twice (of fp16 it is summed in fp32).
+dx is summed over the slices in fp32 and rounded once.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from liger.ops.linear_chunks import (
     CPU_CHUNK_BYTES,
     LINE,
     TILE,
-    UPDATES,
     Gradients,
     Needs,
     Spans,
@@ -34,11 +33,12 @@ from liger.ops.linear_chunks import (
 def grid(rows: int, width: int, columns: int, itemsize: int, memory: int) -> tuple[Spans, Spans]:
     """(start, stop) of every block of rows, and of every slice of columns that each block goes through.
 
-    dx of a block, in fp32, takes at most `memory` bytes, unless that made more than 8 blocks. It and the logits of a
-    slice together take one and a half times as many, where that leaves the logits between a half and the whole of
-    `memory`. Columns beside whole lines of 64 are a slice of their own, since cuBLAS is slow where rows start anywhere.
+    dx of a block, in fp32, takes at most `memory` bytes, unless that made more than two blocks: a sum of dW in 16 bits
+    loses digits with each. It and the logits of a slice together take one and a half times as many, where that leaves
+    the logits between a half and the whole of `memory`. Columns beside whole lines of 64 are a slice of their own,
+    since cuBLAS is slow where rows start anywhere.
     """
-    blocks = edges(rows, max(memory // (4 * width), -(-rows // UPDATES), 1), 1)
+    blocks = edges(rows, max(memory // (4 * width), -(-rows // 2), 1), 1)
     longest = max((stop - start for start, stop in blocks), default=1)
     spare = min(max(memory * 3 // 2 - longest * width * 4, memory // 2), memory)
     whole = columns // LINE * LINE if columns > 16 * LINE else columns
@@ -61,8 +61,8 @@ def through_slices(
     memory = min(CPU_CHUNK_BYTES, memory) if input.device.type == "cpu" else memory
     blocks, slices = grid(rows, width, weight.shape[0], compute_dtype.itemsize, memory)
     # a sum of fp16 needs fp32's range: a loss scaler's gradients are large, others smaller than fp16's least
-    in_own_dtype = 1 if weight.dtype == torch.float16 else 2
-    sum_dtype = weight.dtype if len(blocks) <= in_own_dtype else torch.promote_types(weight.dtype, torch.float32)
+    is_wide = weight.dtype == torch.float16 and len(blocks) > 1
+    sum_dtype = torch.float32 if is_wide else weight.dtype
     dx, dw, db = empty_gradients(input, weight, (needs_input and not rows, *needs[1:]), compute_dtype, sum_dtype)
     if not rows:
         return dx, dw.zero_(), db.zero_()
